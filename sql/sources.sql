@@ -24,6 +24,7 @@ select
     $context_length::bigint as context_length,
     $n_features::bigint     as n_features,
     $has_marginals::boolean as has_marginals,
+    $has_sample::boolean    as has_sample,
     $has_offsets::boolean   as has_offsets;
 
 create or replace macro src_is_encoded(token, entry) as
@@ -56,14 +57,18 @@ select feature_id, token_id, value, low, high, filename from $feature_major;
 create or replace view src_token_major as
 select token_id, feature_id, value, low, high, filename from $token_major;
 
+create or replace view src_parts as
+select part, folder, first_token_id, end_token_id from $parts;
+
 create or replace view src_feature_stats as
 select * from $feature_stats;
 
 create or replace view src_feature_histogram as
-select feature_id, bin, n_tokens from $feature_histogram;
+select feature_id, bin, n_tokens, filename from $feature_histogram;
 
 create or replace view src_feature_sources as
-select feature_id, stored.source, is_rest, n_tokens, sum_value, sum_squares from $feature_sources as stored;
+select feature_id, stored.source, is_rest, n_tokens, sum_value, sum_squares, filename
+from $feature_sources as stored;
 
 create or replace view src_feature_positions as
 select feature_id, band, n_tokens, sum_value from $feature_positions;
@@ -75,7 +80,13 @@ create or replace view src_coactivation as
 select feature_id, other_id, n_both from $coactivation;
 
 create or replace view src_encoded_tokens as
-select stored.source, is_rest, band, n_tokens from $encoded_tokens as stored;
+select stored.source, is_rest, band, n_tokens, filename from $encoded_tokens as stored;
+
+create or replace view src_sample as
+select feature_id, token_id, value from $sample;
+
+create or replace view src_sample_documents as
+select document_id, first_token_id, n_tokens from $sample_documents;
 
 create or replace view src_similar as
 select feature_id, other_id, cosine from $similar;

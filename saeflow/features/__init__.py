@@ -4,6 +4,7 @@ schema        the tables of a run, and which activation parts a feature part hol
 counting      kernels that count values by feature and key
 coactivation  which features fire together
 statistics    the tokens of a part, and statistics of its values
+sample        the values of a sample of documents, stored apart
 files         how values lie in files
 part_encoder  one activation part through one or more SAEs
 compaction    merge many parts into few

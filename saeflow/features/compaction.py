@@ -22,7 +22,17 @@ from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coactivation import PAIR_BYTES, TABLE_FEATURES, PairCounter
 from saeflow.features.counting import KeyTotals, most_frequent_keys, place_sorted
 from saeflow.features.files import TokenMajorWriter, files_of, read_tokens, write_table, write_values
-from saeflow.features.schema import FIRST_INDEX, PART_TABLES, TOP, TOP_VOCAB, covered, has_every_table, stands_for
+from saeflow.features.sample import SampleWriter
+from saeflow.features.schema import (
+    FIRST_INDEX,
+    PART_TABLES,
+    TOP,
+    TOP_VOCAB,
+    covered,
+    has_every_table,
+    is_of_now,
+    stands_for,
+)
 from saeflow.features.statistics import PartStatistics, TokenColumns, read_token_columns
 from saeflow.runtime.progress import Bar
 from saeflow.runtime.threads import map_in_order, n_threads, ranges
@@ -73,6 +83,7 @@ class PartMerger:
         self.threads = n_threads(self.settings.threads)
         self.n_features = int(self.target.fact("n_features"))
         self.statistics = PartStatistics(self.n_features)
+        self.sample = SampleWriter(self.folder, self.n_features)
         self.parts = list({part.folder: part for part in self.taken.values()}.values())
         self.whole = all(self.taken.get(index) is part for part in self.parts for index in covered(part))
         changes = sum(a is not b for a, b in itertools.pairwise(self.taken.values()))
@@ -88,6 +99,7 @@ class PartMerger:
         """Write values and statistics to the folder."""
         pairs = PairCounter(self.n_features, self.threads, self.settings.table_features, self.settings.pair_bytes)
         self._write_by_token(pairs)
+        self.sample.close()
         self._write_by_feature()
         if pairs.exact:
             self.statistics.set_pairs(pairs.best(self.statistics.n_tokens, TOP, self._values))
@@ -109,6 +121,7 @@ class PartMerger:
                 entries = feature_major(sparse, self.n_features, self.threads)
                 tokens = columns[index].of(token_ids)
                 self.statistics.add(tokens, sparse, entries, totals=not counted, pairs=not pairs.exact)
+            self.sample.add(columns[index].sampled, columns[index].first_token, token_ids, sparse)
             pairs.add(sparse)
             writer.append(token_ids, sparse)
             if self.bar is not None:
@@ -119,6 +132,7 @@ class PartMerger:
         tokens = self._without_long(read_token_columns(self.selection, index), index)
         self.vocab_ids[tokens.first_token - self.first_token :][: len(tokens.mask)] = tokens.vocab_ids
         self.n_tokens += int(tokens.mask.sum())
+        self.sample.add_documents(tokens.sampled, tokens.mask)
         self.left_out_counts.update(tokens.left_out_counts)
         if not counted:
             self.statistics.count_tokens(tokens)
@@ -279,11 +293,7 @@ def plan_merges(
         if not groups[-1]:
             n_values, first, last = part.counts["n_values"], begin, end
         groups[-1].append(part)
-    return [
-        group
-        for group in groups
-        if len(group) >= max(enough, 2) or (mend and not all(has_every_table(part) for part in group))
-    ]
+    return [group for group in groups if len(group) >= max(enough, 2) or (mend and not all(map(is_of_now, group)))]
 
 
 def group_between(parts: Sequence[PartRecord], first: str, last: str) -> list[PartRecord]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from saeflow.activations.sparse_values import SparseValues
+from saeflow.activations.sparse_values import SparseValues, concatenated, no_values, split_rows
 from saeflow.features.schema import VALUES
 from saeflow.sae.exact import FeatureMajor
 from saeflow.store.artefact import Artefact
@@ -33,9 +33,13 @@ def _by_token(token_ids: np.ndarray, sparse: SparseValues) -> dict[str, np.ndarr
 def write_feature_major(folder: Path, token_ids: np.ndarray, entries: FeatureMajor) -> None:
     """Write the values of all features, sorted by feature, then token; row i is that of token_ids[i]."""
     n_features = len(entries.feature_starts) - 1
-    ids = np.repeat(np.arange(n_features, dtype=np.int32), np.diff(entries.feature_starts))
-    columns = {"feature_id": ids, "token_id": token_ids[entries.rows], "value": entries.values}
-    write_values(folder, "feature_major", (0, n_features - 1), columns)
+    write_values(folder, "feature_major", (0, n_features - 1), by_feature(token_ids, entries))
+
+
+def by_feature(token_ids: np.ndarray, entries: FeatureMajor) -> dict[str, np.ndarray]:
+    """Return the columns of values in the order by feature; row i is that of token_ids[i]."""
+    ids = np.repeat(np.arange(len(entries.feature_starts) - 1, dtype=np.int32), np.diff(entries.feature_starts))
+    return {"feature_id": ids, "token_id": token_ids[entries.rows], "value": entries.values}
 
 
 def write_values(folder: Path, order: str, ends: tuple[int, int], columns: Mapping[str, np.ndarray]) -> None:
@@ -46,6 +50,43 @@ def write_values(folder: Path, order: str, ends: tuple[int, int], columns: Mappi
 def _next_file(folder: Path, order: str, ends: tuple[int, int]) -> Path:
     place = folder / order / f"low={ends[0]}" / f"high={ends[1]}"
     return place / f"{len(list(place.glob('*.parquet'))):03d}.parquet"
+
+
+class ValuePieces:
+    """Gathers the values of consecutive tokens into pieces of `n_values`, up to the end of a token.
+
+    The pieces do not depend on how the values come.
+    """
+
+    def __init__(self, n_values: int) -> None:
+        self.n_values = n_values
+        self._held: list[tuple[np.ndarray, SparseValues]] = []
+        self._n_held = 0
+
+    def add(self, token_ids: np.ndarray, sparse: SparseValues) -> Iterator[tuple[np.ndarray, SparseValues]]:
+        """Add values, and yield the pieces that are full."""
+        while self._n_held + len(sparse.values) >= self.n_values:
+            n_rows = int(np.searchsorted(sparse.row_starts[1:], self.n_values - self._n_held)) + 1
+            head, sparse = split_rows(sparse, n_rows)
+            self._hold(token_ids[:n_rows], head)
+            yield self.rest()
+            token_ids = token_ids[n_rows:]
+        self._hold(token_ids, sparse)
+
+    def _hold(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
+        if len(token_ids):
+            self._held.append((token_ids, sparse))
+            self._n_held += len(sparse.values)
+
+    def __bool__(self) -> bool:
+        """True if it holds tokens."""
+        return bool(self._held)
+
+    def rest(self) -> tuple[np.ndarray, SparseValues]:
+        """Return what it holds, perhaps nothing, and hold it no longer."""
+        ids, values = zip(*(self._held or [(np.empty(0, np.int64), no_values())]), strict=True)
+        self._held, self._n_held = [], 0
+        return np.concatenate(ids), concatenated(values)
 
 
 class TokenMajorWriter:

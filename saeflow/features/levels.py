@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saeflow.features.compaction import USUAL_MERGE, MergeSettings, by_first_activation_part
-from saeflow.features.schema import covered, has_every_table
+from saeflow.features.schema import covered, is_of_now
 from saeflow.store.records import PartRecord
 
 AFTER_APPEND = MergeSettings(most_values=200_000_000, most_at_once=200_000_000)
@@ -78,7 +78,7 @@ def plan_levels(
     while any(group.level(per_level) >= level for group in groups):
         groups = _with_level_merged(groups, level, per_level, settings)
         level += 1
-    merged = [group.parts for group in groups if len(group.parts) > 1 or (mend and not has_every_table(group.parts[0]))]
+    merged = [group.parts for group in groups if len(group.parts) > 1 or (mend and not is_of_now(group.parts[0]))]
     return _within([list(parts) for parts in merged], settings.most_at_once)
 
 

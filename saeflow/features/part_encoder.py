@@ -16,9 +16,10 @@ from torch import Tensor
 from saeflow.activations import shards
 from saeflow.activations.forward import ForwardPass
 from saeflow.activations.lengths import lengths_of
-from saeflow.activations.sparse_values import SparseValues, concatenated, no_values, split_rows
+from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus.selection import TokenSelection
-from saeflow.features.files import write_feature_major, write_table, write_token_major
+from saeflow.features.files import ValuePieces, write_feature_major, write_table, write_token_major
+from saeflow.features.sample import SampleWriter
 from saeflow.features.schema import LEFT_OUT_TABLE
 from saeflow.features.statistics import PartStatistics, TokenColumns, read_token_columns
 from saeflow.model.sites import Site
@@ -53,8 +54,8 @@ class PartWriter:
         self.counts["n_values"] = 0
         self.statistics = PartStatistics(n_features)
         self.left_out: list[pa.Table] = []
-        self._held: list[tuple[np.ndarray, SparseValues]] = []
-        self._n_held = 0
+        self._pieces = ValuePieces(SEGMENT_VALUES)
+        self._sample = SampleWriter(folder, n_features)
 
     def add(self, found: Encoded) -> None:
         """Add the values of further tokens, and note those that were left out."""
@@ -66,22 +67,12 @@ class PartWriter:
 
     def take(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
         """Add the values of further tokens. Which files they come into does not depend on how they are cut."""
-        while self._n_held + len(sparse.values) >= SEGMENT_VALUES:
-            n_rows = int(np.searchsorted(sparse.row_starts[1:], SEGMENT_VALUES - self._n_held)) + 1
-            head, sparse = split_rows(sparse, n_rows)
-            self._hold(token_ids[:n_rows], head)
-            self._write()
-            token_ids = token_ids[n_rows:]
-        self._hold(token_ids, sparse)
-
-    def _hold(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
-        if len(token_ids):
-            self._held.append((token_ids, sparse))
-            self._n_held += len(sparse.values)
+        for piece in self._pieces.add(token_ids, sparse):
+            self._write(*piece)
 
     def close(self) -> None:
-        if self._held or not self.counts["n_values"]:
-            self._write()
+        if self._pieces or not self.counts["n_values"]:
+            self._write(*self._pieces.rest())
         tokens = self.tokens
         if self.left_out:
             left_out = pa.concat_tables(self.left_out)
@@ -90,15 +81,15 @@ class PartWriter:
         self.counts |= {"n_tokens": int(tokens.mask.sum())} | tokens.left_out_counts
         self.statistics.count_tokens(tokens)
         self.statistics.write(self.folder)
+        self._sample.add_documents(tokens.sampled, tokens.mask)
+        self._sample.close()
 
-    def _write(self) -> None:
-        ids, values = zip(*(self._held or [(np.empty(0, np.int64), no_values())]), strict=True)
-        token_ids, sparse = np.concatenate(ids), concatenated(values)
-        self._held, self._n_held = [], 0
+    def _write(self, token_ids: np.ndarray, sparse: SparseValues) -> None:
         entries = feature_major(sparse, self.statistics.n_features)
         write_token_major(self.folder, token_ids, sparse)
         write_feature_major(self.folder, token_ids, entries)
         self.statistics.add(self.tokens.of(token_ids), sparse, entries)
+        self._sample.add(self.tokens.sampled, self.tokens.first_token, token_ids, sparse)
         self.counts["n_values"] += len(sparse.values)
 
 

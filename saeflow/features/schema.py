@@ -134,6 +134,11 @@ VALUES: dict[str, pa.Schema] = {
     "token_major": pa.schema({"token_id": _N, "feature_id": _ID, "value": pa.float32()}),
 }
 
+SAMPLE_TABLES: dict[str, pa.Schema] = {
+    "sample": VALUES["feature_major"],
+    "sample_documents": pa.schema({"document_id": _N, "first_token_id": _N, "n_tokens": _N}),
+}
+"""The values of a sample of whole documents, and these documents: one file each in a part."""
 
 FIRST_INDEX = 10_000_000
 """The index of a compacted part is that of its first activation part plus this number."""
@@ -179,5 +184,18 @@ def holding(parts: Iterable[PartRecord]) -> str:
 
 
 def has_every_table(part: PartRecord) -> bool:
-    """True if no table is missing, as it is in a part that an earlier saeflow made."""
-    return {f"{table}.parquet" for table in PART_TABLES} <= {file.name for file in part.files}
+    """True if no statistics are missing, as they are in a part that an earlier saeflow made."""
+    return _has(part, PART_TABLES)
+
+
+def has_sample(part: PartRecord) -> bool:
+    return _has(part, SAMPLE_TABLES)
+
+
+def is_of_now(part: PartRecord) -> bool:
+    """True if this saeflow, merging the part alone, would write no further table."""
+    return has_every_table(part) and has_sample(part)
+
+
+def _has(part: PartRecord, tables: Iterable[str]) -> bool:
+    return {f"{table}.parquet" for table in tables} <= {file.name for file in part.files}

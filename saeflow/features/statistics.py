@@ -20,6 +20,7 @@ from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coactivation import CoactivePairs, coactive_pairs
 from saeflow.features.counting import LOWEST_BIN, N_BINS, Counts, KeyTotals, bins_of, most_frequent_keys, totals_by_key
 from saeflow.features.files import write_table
+from saeflow.features.sample import SampledDocuments, read_sampled_documents
 from saeflow.features.schema import MOST_SOURCES, PART_TABLES, TOP, TOP_VOCAB
 from saeflow.sae.exact import FeatureMajor, feature_statistics
 from saeflow.sae.kernels import Doubles, Ids
@@ -43,6 +44,8 @@ class TokenColumns:
     bands: np.ndarray
     """int32: `bands_of` the positions."""
     sources: list[TokenSource]
+    sampled: SampledDocuments
+    """The documents of the whole part that are in the sample."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """Tokens that are not encoded, by reason."""
 
@@ -62,7 +65,7 @@ class TokenColumns:
         """Return the columns of some tokens."""
         at = token_ids - self.first_token
         columns = (self.mask[at], self.vocab_ids[at], self.source_codes[at], self.bands[at])
-        return TokenColumns(self.first_token, *columns, self.sources)
+        return TokenColumns(self.first_token, *columns, self.sources, self.sampled)
 
 
 def read_token_columns(selection: TokenSelection, index: int) -> TokenColumns:
@@ -71,10 +74,12 @@ def read_token_columns(selection: TokenSelection, index: int) -> TokenColumns:
     tokens = pq.read_table(selection.source.part_file(part, "tokens.parquet"), columns=["vocab_id", "document_id"])
     left_out: Counter[str] = Counter()
     mask = selection.mask(index, left_out=left_out).reshape(-1)
-    codes, sources = _source_codes(selection, index, tokens.column("document_id").fill_null(-1).to_numpy(), mask)
+    owners = tokens.column("document_id").fill_null(-1).to_numpy()
+    codes, sources = _source_codes(selection, index, owners, mask)
+    sampled = read_sampled_documents(selection, index, owners)
     bands = np.tile(bands_of(np.arange(selection.length)), part.counts["n_sequences"])
     first = part.counts["first_sequence"] * selection.length
-    return TokenColumns(first, mask, tokens.column("vocab_id").to_numpy(), codes, bands, sources, left_out)
+    return TokenColumns(first, mask, tokens.column("vocab_id").to_numpy(), codes, bands, sources, sampled, left_out)
 
 
 def bands_of(positions: np.ndarray) -> np.ndarray:

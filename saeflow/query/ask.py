@@ -37,7 +37,7 @@ DEEPEST_SQL = 200
 """Most brackets inside brackets. The parser's time grows faster than the square of their number."""
 
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
-_ABOUT_SOURCES = {"compare_sources", "source_contrast"}
+_ABOUT_SOURCES = {"compare_sources", "source_contrast", "contrast_within"}
 _ABOUT_RUNS = {"compare_runs", "correlate_runs", "split_features"}
 _SOURCES = ("stg_documents", "stg_document_places")
 _READ_TO_RESOLVE = {
@@ -164,7 +164,7 @@ def resolve_names(
         _refuse_unknown_name(connection, name, values[name])
     texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
     if question.name in _ABOUT_SOURCES:
-        _refuse_unknown_sources(connection, [str(value) for name, value in values.items() if name in texts])
+        _refuse_unknown_sources(connection, [str(values[name]) for name in ("a", "b")])
     if question.name in _ABOUT_RUNS:
         return {name: _schema_of_run(connection, str(v)) if name in texts else v for name, v in values.items()}
     return dict(values)

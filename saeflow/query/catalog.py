@@ -23,7 +23,14 @@ from saeflow.features.schema import BESIDE_LABELS, PROBE_TABLES
 from saeflow.query.files.chosen import FileLists
 from saeflow.query.files.looked_up import looking_up
 from saeflow.query.files.quoting import identifier, literal
-from saeflow.query.files.relations import outline, probe_relation, relations, side_by_side, spans_relation
+from saeflow.query.files.relations import (
+    outline,
+    parts_relation,
+    probe_relation,
+    relations,
+    side_by_side,
+    spans_relation,
+)
 from saeflow.query.labels import beside_labels_relation, labels_relation, rules_relation
 from saeflow.query.runs import EVERY_RUN, SQL_VOCAB_ID, Run, pick_run, runs
 from saeflow.runtime.errors import UserError
@@ -150,6 +157,7 @@ def source_views(
     rows = literal([{"place": place} | other.row(run) for place, other in enumerate(every)])
     shape = {name: literal(value) for name, value in run.shape.items()}
     found = relations(run.files, run.left_out, run.hidden, lists)
+    found["parts"] = parts_relation(run.parts)
     found["annotations"] = spans_relation(run.annotations)
     found |= {table: probe_relation(run.probes, table) for table in PROBE_TABLES}
     if run.labels:

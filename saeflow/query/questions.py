@@ -41,6 +41,7 @@ GROUPS: dict[str, set[str | None]] = {
     "Tokens and text": {"token", "text", "document_key", "vocab", "annotation", "class"},
     "Tokens you choose": {"sql", "tokens"},
     "One source or run against another": {"a"},
+    "A source, dates or parts": {"source"},
     "Views, to select from": {None},
     "The run": set(),
 }

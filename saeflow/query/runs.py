@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import filterfalse
-from typing import Any
+from typing import Any, NamedTuple
 
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import has_marks
@@ -22,8 +22,10 @@ from saeflow.features.schema import (
     ORDERS,
     PART_TABLES,
     RUN_TABLES,
+    SAMPLE_TABLES,
     covered,
     has_every_table,
+    has_sample,
     hidden_digest_of,
     token_ranges,
 )
@@ -58,6 +60,15 @@ SQL_VOCAB_ID = (
 _RESERVED = {EVERY_RUN, "memory", "main", "temp", "system", "pg_catalog", "information_schema"}
 
 
+class PartTokens(NamedTuple):
+    """A part of the tokens, the folder of the run's part with its values, and its tokens: `first` to `end` - 1."""
+
+    part: int
+    folder: str
+    first: int
+    end: int
+
+
 @dataclass(frozen=True)
 class Run:
     """One run as SQL sees it: its schema, its files by table, and its problem if it cannot be read."""
@@ -81,6 +92,8 @@ class Run:
     """SQL on `token` and `entry`: why a setting leaves the token out, but for its length; null if none does."""
     roles: Sequence[str] = ()
     """Roles whose tokens alone were encoded; empty for all."""
+    parts: Sequence[PartTokens] = ()
+    """The encoded parts of the tokens, in order."""
     labels: Sequence[LabelFile] = ()
     annotations: Mapping[str, str] = field(default_factory=dict)
     """Where the spans of the newest annotations lie, by name."""
@@ -228,6 +241,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
         n_tokens=n_tokens or None,
         hidden=generation.hidden_ids,
         left_out=_hidden_ranges(shown, tokens, generation),
+        parts=_part_tokens(shown, tokens, generation),
         shape=_shape(artefact, tokens, shown),
         **_conditions(artefact, shown, tokens, generation),
         roles=artefact.record.facts.get("roles", ()),
@@ -279,7 +293,7 @@ def _files_by_table(
     own = {file.name for file in artefact.record.files}
     beside = (table for table in RUN_TABLES if f"{table}.parquet" in own)
     return {
-        **_files_of_parts(artefact, shown, [*ORDERS, *PART_TABLES, *LEFT_OUT_TABLE]),
+        **_files_of_parts(artefact, shown, [*ORDERS, *PART_TABLES, *LEFT_OUT_TABLE, *SAMPLE_TABLES]),
         **_files_of_parts(tokens, token_parts, ["tokens", "documents", "vocab_blocks"]),
         "unmarked_tokens": _files_of_parts(tokens, filterfalse(has_marks, token_parts), ["tokens"])["tokens"],
         "vocab": [tokens.storage.location(tokens.path / "vocab.parquet")],
@@ -304,6 +318,7 @@ def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) ->
         "context_length": tokens.record.facts.get("context_length"),
         "n_features": artefact.record.facts.get("n_features"),
         "has_marginals": all(map(has_every_table, shown)),
+        "has_sample": all(map(has_sample, shown)),
         "has_offsets": all(map(has_marks, tokens.published().parts)),
         "is_signed": artefact.record.facts.get("architecture") in SIGNED,
     }
@@ -354,6 +369,18 @@ def _hidden_ranges(shown: Iterable[PartRecord], tokens: Artefact, generation: Ge
     stale = sorted(i for part in shown for i in _stale(part, generation) if i in counts)
     first = {i: counts[i]["first_sequence"] * length for i in stale}
     return [(first[i], first[i] + counts[i]["n_sequences"] * length - 1) for i in stale]
+
+
+def _part_tokens(shown: Iterable[PartRecord], tokens: Artefact, generation: Generation) -> list[PartTokens]:
+    """Return the parts of the tokens whose values are shown, in order; without those whose records lack the places."""
+    length = int(tokens.record.facts.get("context_length", 1))
+    counts = {part.index: part.counts for part in generation.parts if "first_sequence" in part.counts}
+    found = []
+    for part in shown:
+        for index in covered(part).keys() & counts.keys():
+            first = counts[index]["first_sequence"] * length
+            found.append(PartTokens(index, part.folder, first, first + counts[index]["n_sequences"] * length))
+    return sorted(found)
 
 
 def _conditions(

@@ -17,10 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from saeflow.activations.sparse_values import SparseRows
 from saeflow.corpus.token_parts import write_token_tables
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.features.compaction import USUAL_MERGE, feature_buckets
 from saeflow.features.files import files_of, write_table, write_values
+from saeflow.features.sample import SampledDocuments, SampleWriter, is_sampled
 from saeflow.features.schema import FIRST_INDEX, PART_TABLES, VALUES, stands_for
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
@@ -151,6 +153,7 @@ def _copy_values(
             buckets = feature_buckets(np.diff(original.starts) * times, at_once)
             list(pool.map(partial(_write_features, original, folder, copies), buckets))
             list(pool.map(partial(_write_tokens, original, folder), _pieces(original, copies, 2 * at_once)))
+        _write_sample(original, folder, copies)
         for name in PART_TABLES:
             _write_statistics(original, folder, name, len(copies), times)
     return target.made[FIRST_INDEX + tokens[0].index]
@@ -185,6 +188,27 @@ def _write_tokens(original: Original, folder: Path, copies: range) -> None:
     written["token_id"] = written["token_id"] + np.repeat(np.array(copies, np.int64) * n_tokens, sizes)
     ends = copies.start * n_tokens, (copies[-1] + 1) * n_tokens - 1
     write_values(folder, "token_major", ends, written)
+
+
+def _write_sample(original: Original, folder: Path, copies: range) -> None:
+    """Keep the values of the documents whose keys, which are each copy's own, are in the sample."""
+    about = original.token_tables[1]
+    n_documents, firsts = len(about), about.column("first_token_id").to_numpy()
+    n_tokens = len(original.token_tables[0])
+    owners = np.searchsorted(firsts, np.arange(n_tokens), "right") - 1
+    tokens, ids, values = (original.by_token.column(name).to_numpy() for name in VALUES["token_major"].names)
+    writer = SampleWriter(folder, len(original.rare))
+    for copy in copies:
+        numbers = np.arange(n_documents) + copy * n_documents
+        chosen = np.array([is_sampled(f"document {number}") for number in numbers])
+        places = np.where(chosen, chosen.cumsum() - 1, -1).astype(np.int32)[owners]
+        sampled = SampledDocuments(numbers[chosen], firsts[chosen] + copy * n_tokens, places)
+        keep = (places[tokens] >= 0) & ((copy == 0) | ~original.rare[ids])
+        there, starts = np.unique(tokens[keep], return_index=True)
+        sparse = SparseRows(np.append(starts, keep.sum()), ids[keep], values[keep])
+        writer.add(sampled, copy * n_tokens, there + copy * n_tokens, sparse)
+        writer.add_documents(sampled, np.ones(n_tokens, bool))
+    writer.close()
 
 
 def _write_statistics(original: Original, folder: Path, name: str, n_copies: int, times: np.ndarray) -> None:

@@ -407,6 +407,7 @@ WORDS = {"bigint": "1", "double": "0.5", "text": "cat", "bigint[]": "1,2", "doub
 NAMES = {
     "compare_sources": ["tales", "letters"],
     "source_contrast": ["tales", "letters"],
+    "contrast_within": ["tales", "letters"],
     "compare_runs": ["small", "small"],
     "correlate_runs": ["small", "small", "1,2", "2,3"],
     "split_features": ["1", "small"],
@@ -424,6 +425,7 @@ MAY_BE_EMPTY = (
     "scores_of_labels",
     "measured_effects",
     "left_out",
+    "approximate_coactivation",
     "annotations",
     "feature_rules",
     "feature_classes",

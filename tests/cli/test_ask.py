@@ -23,6 +23,7 @@ import pytest
 import saeflow as package
 from saeflow.query.ask import as_statement, ask, query, resolve_names
 from saeflow.query.connection import connect
+from saeflow.query.outside import approximation
 from saeflow.query.questions import (
     MOST_LISTED,
     Parameter,
@@ -35,6 +36,7 @@ from saeflow.query.questions import (
 from saeflow.query.text_formats import as_json
 from saeflow.runtime.errors import UserError
 from saeflow.store.store import Store
+from tests.query.test_approximation import sampled_world
 from tests.support.command import SAEFLOW, Command, Connected, one_connection
 from tests.support.small_store import Document, Given
 
@@ -368,6 +370,23 @@ def test_nothing_of_a_foreign_store_is_obeyed_by_a_terminal(words: list[str], sa
     said = saeflow(*words, "--store", root)
     assert said.out
     assert not {"\x1b", "\x07", "\u202e"} & set(said.out + said.err)
+
+
+def test_an_estimate_is_shown_before_the_exact_answer_unless_only_that_is_wanted(
+    saeflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = sampled_world().write(tmp_path / "store").root
+    words = ["ask", "count_where_all", "0,1", "0,0", "--store", root]
+    quick = saeflow(*words)
+    assert "Approximate" not in quick.err
+    monkeypatch.setattr(approximation, "CHEAP_VALUES", 0)
+    said = saeflow(*words)
+    assert "Approximate, from a sample of a 64th of the documents" in said.err
+    assert said.out.index("n_seen") < said.out.index("density")
+    assert said.out.endswith(quick.out)
+    for only in (["--exact"], ["-f", "csv"], ["-o", tmp_path / "answer.csv"]):
+        alone = saeflow(*words, *only)
+        assert (alone.code, "n_seen" in alone.out, "Approximate" in alone.err) == (0, False, False)
 
 
 def test_minus_infinity_is_asked_for_behind_two_dashes(saeflow: Command, store: Store) -> None:

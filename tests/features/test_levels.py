@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from saeflow.features.compaction import MergeSettings, group_between
 from saeflow.features.levels import plan_levels
-from saeflow.features.schema import PART_TABLES, covered
+from saeflow.features.schema import PART_TABLES, SAMPLE_TABLES, covered
 from saeflow.store.records import FileRecord, PartRecord
 from tests.support.growing_run import PLACES, GrowingRun, a_part, merged
 
@@ -105,9 +106,13 @@ def test_a_part_between_larger_ones_is_merged_with_them_and_parts_at_their_sides
     assert group_between(run.parts, group[0].folder, group[-1].folder) == group
 
 
-def test_a_part_of_an_earlier_saeflow_is_mended_alone_if_it_is_asked() -> None:
-    complete = [FileRecord(name=f"{table}.parquet", n_bytes=1, checksum="") for table in PART_TABLES]
-    parts = [a_part(0, 1), PartRecord(index=1, counts={"n_values": 1}, files=complete)]
+@pytest.mark.parametrize("tables", [{}, PART_TABLES], ids=["without counts", "without a sample"])
+def test_a_part_of_an_earlier_saeflow_is_mended_alone_if_it_is_asked(tables: dict[str, object]) -> None:
+    def part_with(index: int, names: Iterable[str]) -> PartRecord:
+        files = [FileRecord(name=f"{name}.parquet", n_bytes=1, checksum="") for name in names]
+        return PartRecord(index=index, counts={"n_values": 1}, files=files)
+
+    parts = [part_with(0, tables), part_with(1, PART_TABLES | SAMPLE_TABLES)]
     spans = {0: (0, 9), 1: (10, 19)}
     assert plan_levels(parts, spans, 4) == []
     assert plan_levels(parts, spans, 4, mend=True) == [parts[:1]]

@@ -826,7 +826,26 @@ def misnamed(order: str, file: int, low: int, high: int) -> Given:
 
 GOOD_BLOCK = part_tables.blocks(Given().every_token())[0]["vocab_ids"]
 
+IN_SAMPLE = [{"feature_id": 0, "token_id": 1, "value": 1.0}]
+SAMPLED = [{"document_id": 0, "first_token_id": 0, "n_tokens": 2}]
+
+
+def sampled(**tables: list[dict[str, object]]) -> Given:
+    """A document that is in the sample, because of its key, and one that is not."""
+    documents = [Document("text 51", "a", [b"x", b"y"]), Document("text 52", "a", [b"x", b"y"])]
+    return Given(documents=documents, values=[(1, 0, 1.0), (2, 0, 1.0)], tables=tables)
+
+
 CAUGHT = {
+    "sample_agrees": [
+        ("a value lost", sampled(sample=[]), "document_id", [0]),
+        ("a value changed", sampled(sample=[IN_SAMPLE[0] | {"value": 2.0}]), "document_id", [0]),
+        ("a value of another", sampled(sample=[*IN_SAMPLE, IN_SAMPLE[0] | {"token_id": 2}]), "document_id", [None]),
+        ("the document lost", sampled(sample_documents=[]), "document_id", [0]),
+        ("too many tokens", sampled(sample_documents=[SAMPLED[0] | {"n_tokens": 3}]), "document_id", [0]),
+        ("another document", sampled(sample_documents=[*SAMPLED, SAMPLED[0] | {"document_id": 1}]), "document_id", [1]),
+        ("another place", sampled(sample_documents=[SAMPLED[0] | {"first_token_id": 1}]), "document_id", [0]),
+    ],
     "histogram_agrees": [
         ("a count", faulty("feature_histogram", 0, n_tokens=9), "feature_id", [0]),
         ("a bin lost", faulty("feature_histogram", 0, drop=True), "feature_id", [0]),

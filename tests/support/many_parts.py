@@ -25,7 +25,7 @@ from saeflow.activations.shards import plan_layout
 from saeflow.activations.writer import ArrayWriter
 from saeflow.corpus.vocabulary import write_vocab
 from saeflow.features.compaction import USUAL_MERGE
-from saeflow.features.schema import FIRST_INDEX, PART_TABLES, stands_for
+from saeflow.features.schema import FIRST_INDEX, PART_TABLES, SAMPLE_TABLES, stands_for
 from saeflow.pipeline.lineage import Lineage
 from saeflow.recipe.recipe import Recipe, parse_recipe
 from saeflow.store.artefact import Artefact
@@ -113,7 +113,7 @@ class Many:
             first = index * self.n_sequences * LENGTH
             ends = {"feature_major": (0, N_FEATURES - 1), "token_major": (first, first + self.n_sequences * LENGTH - 1)}
             files = dict.fromkeys(
-                [f"{table}.parquet" for table in PART_TABLES]
+                [f"{table}.parquet" for table in PART_TABLES | SAMPLE_TABLES]
                 + [f"{order}/low={low}/high={high}/000.parquet" for order, (low, high) in ends.items()]
             )
             inputs = {"tokens": source.folder, "activations": stored.folder}
@@ -130,7 +130,7 @@ class Many:
             first = group[0].index * self.n_sequences * LENGTH
             last = first + len(group) * self.n_sequences * LENGTH
             tokens = np.linspace(first, last, max(1, n_values // (2 * USUAL_MERGE.piece_values)) + 1, dtype=int)
-            files = [f"{table}.parquet" for table in PART_TABLES]
+            files = [f"{table}.parquet" for table in PART_TABLES | SAMPLE_TABLES]
             files += [f"feature_major/low={a}/high={b - 1}/000.parquet" for a, b in itertools.pairwise(ids)]
             files += [f"token_major/low={a}/high={b - 1}/000.parquet" for a, b in itertools.pairwise(tokens)]
             counts = {"n_tokens": last - first, "n_values": n_values, "n_parts": len(group)}

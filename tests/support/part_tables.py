@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -93,6 +94,18 @@ def part_tables(
         ),
         "coactivation": _rows("feature_id other_id n_both", _coactive(values)),
         "encoded_tokens": _rows("source is_rest band n_tokens", [(*key, n) for key, n in encoded.items()]),
+    }
+
+
+def sample_tables(values: Iterable[Value], encoded: Sequence[Token], keys: Sequence[str]) -> dict[str, Rows]:
+    """The sample of documents of a part with these encoded tokens; `keys` are those of all documents."""
+    mine = {token.token_id: token.document_id for token in encoded if token.document_id is not None}
+    mine = {token_id: i for token_id, i in mine.items() if hashlib.md5(keys[i].encode()).hexdigest()[:2] < "04"}
+    firsts = {i: min(token_id for token_id in mine if mine[token_id] == i) for i in mine.values()}
+    counts = Counter(mine.values())
+    return {
+        "sample": _rows("token_id feature_id value", sorted((v for v in values if v[0] in mine), key=lambda v: v[1])),
+        "sample_documents": _rows("document_id first_token_id n_tokens", [(i, firsts[i], counts[i]) for i in counts]),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 
 from saeflow.corpus.token_parts import VOCAB_BLOCKS, VOCAB_IDS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
-from saeflow.features.schema import LEFT_OUT_TABLE, PART_TABLES, RUN_TABLES
+from saeflow.features.schema import LEFT_OUT_TABLE, PART_TABLES, RUN_TABLES, SAMPLE_TABLES
 from saeflow.features.schema import VALUES as VALUE_SCHEMAS
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import write_json
@@ -80,6 +81,8 @@ class Given:
     """Tokens whose vectors are too long, so that they are not encoded."""
     early_parts: Sequence[int] = ()
     """Parts of the features as a saeflow wrote them that knew no marginals."""
+    without_sample: Sequence[int] = ()
+    """Parts of the features as a saeflow wrote them that stored no sample."""
     corpus: tuple[str, str] | None = None
     """Name and fingerprint of the tokens; by default those of the run."""
     hidden: Sequence[int] = ()
@@ -131,12 +134,16 @@ class Given:
 
     def values_of(self, index: int) -> list[Value]:
         """The values of a part of the features."""
-        n_sequences = max(1, len(self.every_token()) // CONTEXT_LENGTH)
-        return [
-            row
-            for row in self.values
-            if min(row[0] // CONTEXT_LENGTH * self.n_parts // n_sequences, self.n_parts - 1) == index
-        ]
+        parts = self.parts_of([token_id for token_id, _, _ in self.values])
+        return [row for row, part in zip(self.values, parts, strict=True) if part == index]
+
+    def parts_of(self, token_ids: Sequence[int]) -> list[int]:
+        """The part of the features that tokens belong to: their part of the tokens, or a share of all sequences."""
+        ends = list(itertools.accumulate(map(len, self.token_parts())))
+        if self.n_parts == self.n_token_parts:
+            return [min(bisect.bisect(ends, token_id), self.n_parts - 1) for token_id in token_ids]
+        n_sequences = max(1, ends[-1] // CONTEXT_LENGTH)
+        return [min(i // CONTEXT_LENGTH * self.n_parts // n_sequences, self.n_parts - 1) for i in token_ids]
 
     def _documents_of(self, index: int) -> range:
         n = len(self.documents)
@@ -255,8 +262,8 @@ class Given:
     def _write_tables(self, folder: Path, mine: list[Value], index: int) -> None:
         tokens = self.every_token()
         seen = [token for token in tokens if token.document_id not in self.hidden]
-        n_sequences = max(1, len(tokens) // CONTEXT_LENGTH)
-        of_part = [t for t in seen if t.token_id // CONTEXT_LENGTH * self.n_parts // n_sequences == index]
+        parts = self.parts_of([token.token_id for token in seen])
+        of_part = [token for token, part in zip(seen, parts, strict=True) if part == index]
         special = {entry for entry, piece in enumerate(self.vocab) if piece in self.skips_special}
         of_part = [token for token in of_part if token.vocab_id not in special and token.token_id not in self.long]
         if self.long:
@@ -266,10 +273,15 @@ class Given:
         tables = part_tables.part_tables(mine, of_part, self.n_features, self.skipped, self.signed)
         if self.stats is not None:
             tables["feature_stats"] = list(self.stats)
-        tables |= {name: rows for name, rows in self.tables.items() if name in PART_TABLES}
+        if index not in self.without_sample:
+            encoded = [token for token in of_part if token.position not in self.skipped]
+            keys = [document.key for document in self.documents]
+            tables |= part_tables.sample_tables(mine, encoded, keys)
+        tables |= {name: rows for name, rows in self.tables.items() if name in tables}
+        schemas = PART_TABLES | SAMPLE_TABLES
         for name, rows in tables.items():
             if not (self.is_early or index in self.early_parts) or name == "feature_stats":
-                pq.write_table(pa.Table.from_pylist(rows, PART_TABLES[name]), folder / f"{name}.parquet")
+                pq.write_table(pa.Table.from_pylist(rows, schemas[name]), folder / f"{name}.parquet")
 
     def _files(self, folder: Path, table: str) -> list[Path]:
         if not self.in_folders:

@@ -110,7 +110,6 @@ PUT_IN = {
         "masked": "made here, of literals",
         "touched": "made here, of literals",
         "emptied": "names of columns of a schema in the code",
-        "found['left_out']": "made here, of literals",
         "_SQL_TYPES[kind]": "a constant",
         "name": "a name of a column of a schema in the code",
         "nothing": "made here, of constants",
@@ -128,6 +127,7 @@ PUT_IN = {
         "partitions": "one of two constants",
         "', ' + options if options else ''": "constants",
         "columns": "names of columns of a schema in the code",
+        "column": "a name of a column in the code",
         "everywhere": "a constant",
         "low": "a constant regular expression",
         "high": "a constant regular expression",
@@ -160,6 +160,7 @@ RUN = {
     "query/connection.py": {"sql": "a file of sql/checks", "statement": "what catalog.definitions yields"},
     "query/kept_catalog.py": {"statement": "what catalog.upon_sources yields"},
     "query/first_answers.py": {"_LARGEST_SOURCES": "a constant", "_STRIKING": "a constant"},
+    "query/outside/approximation.py": {"sql": "one of two constants", "_SAMPLED": "a constant"},
     "cli/meaning/explain_by_model.py": {"_N_FEATURES": "a constant", "_LIVE_IDS": "a constant"},
     "meaning/language_model/command.py": {"sql": "one of two constants"},
     "meaning/language_model/examples.py": {

@@ -22,6 +22,7 @@ from saeflow.features.schema import (
     PROBE_TABLES,
     RULES,
     RUN_TABLES,
+    SAMPLE_TABLES,
     SPANS,
     VALUES,
 )
@@ -47,9 +48,22 @@ _LOG = pa.schema(
 )
 """What the log of a training may hold. Which columns it has depends on the settings."""
 
+COUNTED_BY_PART = ("feature_stats", "feature_histogram", "feature_sources", "encoded_tokens")
+"""Statistics of which a question may want those of some parts: their rows have the name of their file."""
+
+_PARTS = (
+    "(select split_part(line, ' ', 1)::bigint as part, split_part(line, ' ', 2) as folder, "
+    "split_part(line, ' ', 3)::bigint as first_token_id, split_part(line, ' ', 4)::bigint as end_token_id "
+    "from (select unnest(string_split({}, ';')) as line) where line <> '')"
+)
+"""One text is read a hundred times as fast as a list of so many literals."""
+_FILENAME = pa.field("filename", pa.string())
 _OPTIONAL_TABLES = {
-    **PART_TABLES, **LEFT_OUT_TABLE, **RUN_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
+    **PART_TABLES, **LEFT_OUT_TABLE, **SAMPLE_TABLES, **RUN_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
 }  # fmt: skip
+
+_OF_TOKENS = {"left_out": "token_id", "sample": "token_id", "sample_documents": "first_token_id"}
+"""Tables without the rows of tokens whose values are hidden, by their column of tokens."""
 
 
 def relations(
@@ -71,14 +85,16 @@ def relations(
     found |= _as_compacted(found, hidden) if hidden else {}
     found |= {order: _select_values(order, files[order], left_out, lists) for order in ORDERS}
     for table, schema in _OPTIONAL_TABLES.items():
-        options = "filename = true" if table == "feature_stats" else ""
+        named = table in COUNTED_BY_PART
         stored = files.get(table)
-        found[table] = _read_listed(lists.listed(table, stored), options) if stored else no_rows(schema)
+        rows = _read_listed(lists.listed(table, stored), "filename = true" if named else "") if stored else None
+        found[table] = rows or no_rows(schema.append(_FILENAME) if named else schema)
     read_logs = [_read_files([path]) for path in files.get("training_log", ())]
     logs = [no_rows(_LOG), *(f"select * from {relation}" for relation in read_logs)]
     found["training_log"] = f"({' union all by name '.join(logs)})"
-    if unseen := _outside(left_out):
-        found["left_out"] = f"(select * from {found['left_out']} where {unseen})"
+    for table, column in _OF_TOKENS.items() if left_out else ():
+        unseen = _outside(left_out, column)
+        found[table] = f"(select * from {found[table]} where {unseen})"
     return found | (_without_secrets(found, hidden) if left_out else {})
 
 
@@ -152,8 +168,8 @@ def _select_values(order: str, paths: Sequence[str], left_out: Ranges, lists: Fi
     return f"(select * from ({rows}) where {unseen})" if unseen else f"({rows})"
 
 
-def _outside(ranges: Ranges) -> str:
-    return " and ".join(f"token_id not between {whole(first)} and {whole(last)}" for first, last in ranges)
+def _outside(ranges: Ranges, column: str = "token_id") -> str:
+    return " and ".join(f"{column} not between {whole(first)} and {whole(last)}" for first, last in ranges)
 
 
 def _select_ranged(columns: str, paths: Sequence[str], listed: str) -> str:
@@ -223,6 +239,11 @@ def spans_relation(annotations: Mapping[str, str]) -> str:
     ]
     nothing = f"(select null::varchar as annotation, {columns} from {no_rows(SPANS)} as stored)"
     return f"({' union all '.join(parts)})" if parts else nothing
+
+
+def parts_relation(parts: Sequence[tuple[int, str, int, int]]) -> str:
+    """Select the parts of the tokens: number, folder of the run's part, first token, and the one after the last."""
+    return _PARTS.format(literal(";".join(" ".join(map(str, part)) for part in parts)))
 
 
 def probe_relation(probes: Sequence[ProbeFile], table: str) -> str:
