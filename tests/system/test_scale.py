@@ -76,9 +76,9 @@ def calls(monkeypatch) -> Counter[str]:
         monkeypatch.setattr(module, name, counting(name, getattr(module, name)))
     look = looks._look
 
-    def looked(text: np.ndarray, starts: np.ndarray, n_bytes: np.ndarray) -> np.ndarray:
-        counts["look at one of many"] += len(starts)
-        return look(text, starts, n_bytes)
+    def looked(*arguments: np.ndarray) -> np.ndarray:
+        counts["look at one of many"] += len(arguments[4])  # the bytes that each of the files should have
+        return look(*arguments)
 
     monkeypatch.setattr(looks, "_look", looked)
     return counts
