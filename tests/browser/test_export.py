@@ -88,6 +88,7 @@ def test_the_rows_of_an_exported_page_are_those_of_its_server(exported: Path, pa
     )
 
 
+@pytest.mark.long
 def test_an_export_that_was_stopped_goes_on_where_it_was(finished: Finished, exported: Path, tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         write(finished.store, tmp_path / "e", ONLY, stop_after=4)

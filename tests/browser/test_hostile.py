@@ -203,6 +203,7 @@ def test_hostile_text_stays_text_on_every_page(place: Place, route: str) -> None
         assert place.ask(address).status == 200, address
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("route", [route for route in PLACES if PLACES[route]])
 def test_hostile_text_stays_text_in_every_format(place: Place, route: str) -> None:
     for number, address in enumerate(PLACES[route]):

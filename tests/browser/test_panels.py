@@ -136,6 +136,7 @@ def put_meaning(store: Store) -> None:
     put_effects(store, run, firings, [{"effect": "zeroed", "feature_id": 0, "vocab_id": 6, "logit": -0.3}])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "address",
     ["/", "/compare-runs?a=odd&b=small", "/runs/odd/features", "/runs/odd/features/0?all=1", "/runs/odd/docs",

@@ -118,6 +118,7 @@ def test_every_recipe_is_tried_here() -> None:
     assert sorted(path.stem for path in RECIPES.glob("*")) == sorted(EXPECTED)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", EXPECTED)
 def test_a_select_for_the_demo_corpus_gives_the_tokens_that_it_promises(store: Store, name: str) -> None:
     annotate(store, None, name, Source(RECIPES / f"{name}.sql"), quiet())

@@ -98,6 +98,7 @@ def test_light_commands_do_not_wait_for_torch(finished: Finished) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_the_stages_one_by_one_make_the_store_that_run_makes(
     saeflow: Command, finished: Finished, recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +255,7 @@ def two_runs(saeflow: Command, tmp_path: Path) -> tuple[Path, Path]:
     return recipe, store
 
 
+@pytest.mark.long
 def test_show_and_run_mean_the_newest_run_of_a_name(saeflow: Command, two_runs: tuple[Path, Path]) -> None:
     (asked,) = json.loads(
         saeflow("sql", "from runs where is_current", "--run", "two", "-f", "json", "--store", two_runs[1]).out
@@ -262,6 +264,7 @@ def test_show_and_run_mean_the_newest_run_of_a_name(saeflow: Command, two_runs: 
     assert f"features/two-{asked['fp']}" in saeflow("show", "two", "--store", two_runs[1]).out
 
 
+@pytest.mark.long
 def test_the_commands_that_run_prints_answer_what_it_printed(saeflow: Command, two_runs: tuple[Path, Path]) -> None:
     recipe, store = two_runs
     for k, is_default in ((2, True), (4, False)):

@@ -439,6 +439,7 @@ def test_a_store_whose_path_reads_like_sql_is_read(tmp_path: Path) -> None:
             assert ask(connection, "top_tokens", [0]).num_rows == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "parquet", "txt", "sql"])
 def test_a_file_of_an_answer_stays_as_it_was_if_the_new_one_finds_no_room(saeflow, store, tmp_path, ending):
     path, folder = tmp_path / f"answer.{ending}", set(tmp_path.iterdir())

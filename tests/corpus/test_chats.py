@@ -511,6 +511,7 @@ def run_of_assistant(tmp_path_factory: pytest.TempPathFactory, model: Path) -> L
     return lineage.anew()
 
 
+@pytest.mark.long
 def test_only_tokens_of_the_roles_asked_for_are_trained_on_encoded_and_judged(run_of_assistant: Lineage) -> None:
     lineage = run_of_assistant
     with connect(lineage.store) as connection:

@@ -85,6 +85,7 @@ def test_a_number_of_json_is_the_text_that_the_file_has(tmp_path: Path, written:
     assert (document.key, document.text) == (text or "1", text)
 
 
+@pytest.mark.long
 def test_values_and_columns_that_come_late_are_whole(tmp_path: Path) -> None:
     lines = [{"text": "x", "n": 1}] * 30_000 + [{"text": "y", "n": "unknown", "late": True}]
     documents = read(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines)))

@@ -86,6 +86,7 @@ def one_at_a_time(run: OpenRun, model: Any, row: dict[str, Any]) -> tuple[float,
     return loss, float((before.exp() * (before - after)).sum()), before.exp().numpy(), after.exp().numpy()
 
 
+@pytest.mark.long
 def test_each_row_is_what_one_change_at_a_time_gives(store: Store, zeroed: MeasuredEffects) -> None:
     with package.open(store.root, "resid") as run:
         model = run.model().double()

@@ -268,6 +268,7 @@ explain.explain_run(Store.open(sys.argv[1]), None, None, False, Progress(verbosi
 """
 
 
+@pytest.mark.long
 def test_a_killed_call_goes_on_where_it_stopped_and_equals_an_undisturbed_one(explained: Store, store: Store) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(store.root)], env={**os.environ}, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -83,6 +83,7 @@ def wanted_values(store: Store, recipe: Recipe) -> dict[tuple[int, int], float]:
     return found
 
 
+@pytest.mark.long
 def test_an_imported_autoencoder_is_encoded_judged_and_asked(
     store: Store, folder: Path, ingredients: Ingredients, tmp_path: Path, saeflow: Command
 ) -> None:

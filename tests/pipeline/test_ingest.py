@@ -540,6 +540,7 @@ def test_documents_that_are_gone_are_kept_unless_the_recipe_says_so(night: Watch
     assert night.held() == sorted(FIRST)
 
 
+@pytest.mark.long
 def test_documents_that_are_gone_are_forgotten_where_the_recipe_says_so_and_come_back_as_new(night: Watched) -> None:
     night = night.with_schedule(removed="forget")
     assert night.ingest()["n_removed"] == 0
@@ -559,6 +560,7 @@ def test_documents_that_went_before_the_setting_was_made_go_too(night: Watched) 
     assert night.with_schedule(removed="forget").ingest()["n_removed"] == 1
 
 
+@pytest.mark.long
 def test_a_disk_that_is_not_mounted_forgets_nothing_and_what_is_new_comes_in_all_the_same(night: Watched) -> None:
     night = night.with_schedule(removed="forget", most_removed=0.25)
     night.lose(*sorted(FIRST)[:7])
@@ -682,6 +684,7 @@ def test_what_is_gone_goes_and_nothing_that_is_there_whatever_keys_and_texts_are
             assert sorted(found) == sorted(now)
 
 
+@pytest.mark.long
 def test_of_equal_texts_one_is_kept_while_one_of_them_is_there(ingredients: Ingredients, tmp_path: Path) -> None:
     fill(tmp_path / "texts")
     corpus = {"files": [str(tmp_path / "texts" / "*.txt")], "dedup": True}
@@ -698,6 +701,7 @@ def test_of_equal_texts_one_is_kept_while_one_of_them_is_there(ingredients: Ingr
     assert "x.txt" not in watched.held()
 
 
+@pytest.mark.long
 def test_growth_counts_from_the_newest_sae_and_a_new_one_is_trained_once_it_is_enough(night: Watched) -> None:
     store, recipe = night.store, night.recipe
     assert ingest.grown(Lineage(store, recipe)) == 0

@@ -121,6 +121,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_every_file_of_two_saes_at_two_sites_is_what_storing_gives_byte_for_byte(
     trained: Trained, tmp_path: Path
 ) -> None:
@@ -301,6 +302,7 @@ def as_named_on_the_hub(model: Path, cache: Path, name: str) -> None:
     (folder / "refs" / "main").write_text(commit)
 
 
+@pytest.mark.long
 def test_a_store_names_a_model_but_only_a_recipe_makes_saeflow_ask_the_hub_for_it(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

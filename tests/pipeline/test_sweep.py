@@ -225,6 +225,7 @@ def test_a_sweep_reads_the_store_as_often_as_its_longest_training(store, table, 
     assert many.n_bytes_read <= 1.05 * one.n_bytes_read
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n_saved", [1, 7, 8, 40, 100])
 def test_a_sweep_killed_between_two_checkpoints_goes_on_to_the_same_bytes(store, table, separate, monkeypatch, n_saved):
     recipe = recipe_of(table, sweep=SWEEP, train={"checkpoint_seconds": 1e-9})
@@ -247,6 +248,7 @@ def test_a_sweep_killed_between_two_checkpoints_goes_on_to_the_same_bytes(store,
     assert tree(store.root) == tree(separate.root)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n_steps", [1, 8, 50, 120])
 def test_a_sweep_interrupted_in_the_middle_of_a_batch_loses_no_step(store, table, separate, monkeypatch, n_steps):
     recipe = recipe_of(table, sweep=SWEEP)

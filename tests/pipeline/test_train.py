@@ -122,6 +122,7 @@ def undisturbed(request, stored, table, tmp_path_factory) -> tuple[Recipe, dict[
     return recipe, tree(folder)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("n_rows", [240, 2000, 4400])
 def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_bytes(store, undisturbed, n_rows):
     recipe, wanted = undisturbed

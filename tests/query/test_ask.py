@@ -45,6 +45,7 @@ def connection(store):
         yield connection
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "folder", ["two words", "qu'o\"te", "$tokens ${x} $$", "a[b]c", "st*r?", "{a,b}", "back\\slash", "100%", "日本"]
 )
@@ -87,6 +88,7 @@ def plain_answers(tmp_path_factory) -> list[list[dict[str, Any]]]:
     return _answers_from(tmp_path_factory.mktemp("plain") / "store")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("folder", NAMED_LIKE_COLUMNS)
 def test_folders_above_the_store_never_stand_for_a_column_of_its_files(tmp_path, folder, plain_answers):
     assert _answers_from(tmp_path / folder / "store") == plain_answers
@@ -116,6 +118,7 @@ def test_of_two_runs_of_one_name_the_newest_has_it_and_each_answers_from_its_own
         assert ask(connection, "tokens_where", [3]).num_rows == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("older", "newer"), [("Demo", "demo"), ("demo", "DEMO"), ("demo_f0000001", "Demo_F0000001")])
 def test_of_two_runs_whose_names_differ_in_case_each_answers_from_its_own_files(tmp_path, older, newer):
     Given(name=older, fp="f0000001", values=[(2, 3, 9.0)]).write(tmp_path)
@@ -125,6 +128,7 @@ def test_of_two_runs_whose_names_differ_in_case_each_answers_from_its_own_files(
             assert ask(connection, "feature_summary").column("n_tokens").to_pylist() == n_tokens
 
 
+@pytest.mark.long
 def test_a_run_may_be_called_as_an_older_run_of_another_name_is_in_full(tmp_path):
     Given(name="demo", fp="f0000001", values=[(2, 3, 9.0)]).write(tmp_path)
     Given(name="demo", fp="f0000002", values=[(2, 3, 9.0), (3, 3, 9.0)]).write(tmp_path)
@@ -135,6 +139,7 @@ def test_a_run_may_be_called_as_an_older_run_of_another_name_is_in_full(tmp_path
             assert ask(connection, "feature_summary").column("n_tokens").to_pylist()[3] == n_tokens
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["main", "Main", "temp", "pg_catalog", "Every_Run", "1st", "select"])
 def test_a_run_may_have_any_name_a_recipe_may(tmp_path, name):
     with connect(Given(name=name).write(tmp_path)) as connection:

@@ -145,6 +145,7 @@ def test_every_question_answers_as_of_a_local_store_and_no_size_is_asked_for(buc
     assert kinds(bucket.server.requests()).keys() == {"LIST", "GET"}
 
 
+@pytest.mark.long
 def test_the_second_time_small_tables_and_records_come_from_this_machine(bucket: Bucket) -> None:
     bucket.server.requests()
     found = [answers(Store.open(bucket.url))]
@@ -164,6 +165,7 @@ OF_VALUES = [
 """Questions about few features, or a few tokens."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("question", OF_VALUES, ids=str)
 def test_a_question_about_few_values_reads_at_most_two_ranges_of_a_file(large: Bucket, question: list[Any]) -> None:
     expected = asked_locally(large.local, *question)
@@ -297,6 +299,7 @@ def test_a_file_that_went_since_a_machine_looked_is_named_without_a_traceback(bu
     assert path.rpartition("/parts/")[2] in str(raised.value)
 
 
+@pytest.mark.long
 def test_another_list_of_parts_is_looked_at_although_one_was_before(bucket: Bucket) -> None:
     bucket.ask("runs")
     store = Store.open(bucket.local.root)

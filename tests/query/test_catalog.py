@@ -74,6 +74,7 @@ def alone(store: Store, *sql: str) -> list[str]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "folder", ["plain", "it's; drop\u202e --\n.shell rm \x1b[2J", "a[b]* from tokens", "value=9/source=web"]
 )
@@ -233,6 +234,7 @@ def test_views_are_kept_when_a_second_process_makes_them(
     assert sizes == [[False], [True], [True]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", [b"", b"no database", None], ids=["empty", "another file", "a flipped byte"])
 def test_a_damaged_file_of_kept_views_is_made_again(tmp_path: Path, kept: Path, damage: bytes | None) -> None:
     store = Given().write(tmp_path / "store")
@@ -265,6 +267,7 @@ def test_without_a_home_and_without_a_folder_nothing_is_kept(
     assert made(Store.open(tmp_path / "store"))
 
 
+@pytest.mark.long
 def test_only_the_newest_kept_views_stay(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kept_catalog, "MOST_KEPT", 2)
     for place in range(3):  # each connection makes those of all runs

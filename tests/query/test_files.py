@@ -66,6 +66,7 @@ def asked() -> dict[str, dict[str, object]]:
     return found
 
 
+@pytest.mark.long
 def test_a_question_that_looks_only_at_its_files_answers_as_one_that_looks_at_all(store: Store) -> None:
     run, connection = connect_to_run(store, many_files=connections.MANY_FILES)
     assert len(asked()) > 20

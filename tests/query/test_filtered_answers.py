@@ -429,6 +429,7 @@ def test_dates_are_read_as_metadata_write_them(two, word, read):
     assert two.execute("select as_timestamp(?)::varchar", [word]).fetchone() == (read,)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "column",
     [

@@ -785,6 +785,7 @@ def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return replace(runs[-1], other=runs[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda question: question.__name__)
 def test_a_question_about_a_run_of_the_stages_answers_what_its_values_answer(stored, question, asked):
     question(stored, asked)

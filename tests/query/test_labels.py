@@ -115,6 +115,7 @@ def test_a_label_comes_back_as_it_was_and_is_no_formula_in_a_spreadsheet(text: s
     assert not row["label"].startswith(("=", "+", "-", "@"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("content", "found", "warned"),
     [

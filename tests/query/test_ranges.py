@@ -90,6 +90,7 @@ def asked(world: Given) -> Iterator[duckdb.DuckDBPyConnection]:
         yield connection
 
 
+@pytest.mark.long
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(world=dated_worlds(), data=st.data())
 def test_a_range_is_answered_as_looking_at_each_of_its_tokens_answers(world, data):

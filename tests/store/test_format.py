@@ -93,6 +93,7 @@ def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store) -> None
     assert "already" in upgrade(old)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 0.99])
 def test_a_killed_upgrade_leaves_a_store_that_answers_and_goes_on(
     share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

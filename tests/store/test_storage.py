@@ -143,6 +143,7 @@ def test_connections_dropped_at_random_change_nothing(server: Server, url: str, 
     assert there(server, url) == here(local)
 
 
+@pytest.mark.long
 def test_another_machine_answers_the_same_and_fetches_no_arrays_and_no_values(
     remote: str, local: Store, tmp_path: Path
 ) -> None:
@@ -154,6 +155,7 @@ def test_another_machine_answers_the_same_and_fetches_no_arrays_and_no_values(
         assert not list(cache.rglob("c"))
 
 
+@pytest.mark.long
 def test_what_one_machine_began_another_finishes(
     server: Server, url: str, recipe: Recipe, local: Store, tmp_path: Path
 ) -> None:

@@ -140,6 +140,7 @@ def test_the_feed_covers_old_and_new_documents_and_a_fresh_training_sees_both(gr
     assert Lineage(grown.store, grown.recipe).sae == fresh
 
 
+@pytest.mark.long
 def test_a_changed_document_replaces_the_old_version_everywhere(grown):
     changed = {**FIRST[-1], "text": "An entirely different text about zeppelins."}
     grown.run([*FIRST[:-1], changed])
@@ -316,6 +317,7 @@ def test_the_summary_counts_what_the_view_documents_shows(grown):
     assert agree()
 
 
+@pytest.mark.long
 def test_compaction_and_gc_leave_no_trace_of_a_forgotten_document(grown):
     grown.run(with_secret())
     forget.forget(grown.store, ["secret/one"], quiet())

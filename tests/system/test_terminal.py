@@ -237,6 +237,7 @@ def long_ones(*commands: list[str]) -> list[Any]:
     return [pytest.param(each, marks=pytest.mark.long) for each in commands]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "command",
     [

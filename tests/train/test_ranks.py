@@ -142,6 +142,7 @@ def tolerance_of(parallel: str, name: str) -> float:
     return 1e-3 if (parallel, name) == ("features", "rounded") else 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("parallel", "name"), SHARED)
 def test_two_ranks_give_the_curve_of_one_process(alone, of_two, parallel, name):
     require_equal(of_two[parallel, name], alone[name], tolerance_of(parallel, name))
