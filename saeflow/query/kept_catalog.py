@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -31,6 +33,7 @@ _OF_ONE_TYPE = ("src_runs", "src_stages")
 """Views whose columns all readers see in one type, whatever their values are."""
 
 _ATTACHED = "kept_catalog"
+_UNFINISHED, _LEFT_SECONDS = "unfinished-", 3600
 
 
 def expect_many_connections() -> None:
@@ -89,12 +92,12 @@ def _copied(connection: duckdb.DuckDBPyConnection, file: Path | None) -> bool:
     try:
         with _attached(connection, file, "(read_only)"):
             connection.execute(f"copy from database {_ATTACHED} to memory (schema)")
-        os.utime(file)
     except duckdb.Error:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
         return False
-    except OSError:  # deleted, or read-only: it was copied
-        return True
+    with contextlib.suppress(OSError):  # deleted meanwhile, or read-only
+        os.utime(file)
     return True
 
 
@@ -114,11 +117,11 @@ def _keep(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> Non
         if not file.exists() and not _many_follow.is_set():
             file.touch()
             return
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=file.parent) as folder:
             written = Path(folder) / file.name
             _write(connection, schema, written)
             written.replace(file)
-        _drop_oldest(file.parent)
+        _tidy(file.parent)
 
 
 def _write(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> None:
@@ -132,10 +135,14 @@ def _write(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> No
                 connection.execute(f"drop {kind} {_ATTACHED}.{identifier(schema)}.{name}")
 
 
-def _drop_oldest(folder: Path) -> None:
+def _tidy(folder: Path) -> None:
+    """Drop what was used longest ago, and what killed processes left."""
     files = sorted(folder.glob("*.duckdb"), key=lambda file: file.stat().st_mtime)
     for file in files[:-MOST_KEPT]:
         file.unlink(missing_ok=True)
+    for left in folder.glob(f"{_UNFINISHED}*"):
+        if left.stat().st_mtime < time.time() - _LEFT_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextlib.contextmanager

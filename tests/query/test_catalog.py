@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -268,8 +270,15 @@ def test_without_a_home_and_without_a_folder_nothing_is_kept(
 
 
 @pytest.mark.long
-def test_only_the_newest_kept_views_stay(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_newest_kept_views_stay_and_what_a_killed_process_left_goes(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kept_catalog, "MOST_KEPT", 2)
+    kept.mkdir(parents=True, mode=0o700)
+    for name, age in (("unfinished-old", 7200), ("unfinished-new", 0)):
+        (kept / name).mkdir()
+        os.utime(kept / name, (time.time() - age,) * 2)
     for place in range(3):  # each connection makes those of all runs
         made(Given(name=f"run_{place}").write(tmp_path / "store"))
-    assert len([*kept.iterdir()]) == 2
+    assert len([*kept.glob("*.duckdb")]) == 2
+    assert [path.name for path in kept.glob("unfinished*")] == ["unfinished-new"]
