@@ -80,7 +80,7 @@ class SampleWriter:
         """Add values of some tokens (n,) of the part of the tokens that begins with `first_token`."""
         keep = sampled.places[token_ids - first_token] >= 0
         if keep.any():
-            for piece in self._pieces.add(token_ids[keep], _rows(sparse, keep)):
+            for piece in self._pieces.add(token_ids[keep], _kept_rows(sparse, keep)):
                 self._write(*piece)
 
     def add_documents(self, sampled: SampledDocuments, mask: np.ndarray) -> None:
@@ -97,7 +97,7 @@ class SampleWriter:
         self._writer.write_table(pa.table(columns, SAMPLE_TABLES["sample"]), row_group_size=ROW_GROUP)
 
 
-def _rows(sparse: SparseValues, keep: np.ndarray) -> SparseValues:
+def _kept_rows(sparse: SparseValues, keep: np.ndarray) -> SparseValues:
     """Return the entries of the rows that `keep` (B,) marks."""
     lengths = np.diff(sparse.row_starts)
     entries = np.repeat(keep, lengths)

@@ -49,7 +49,7 @@ def make_upon_sources(connection: duckdb.DuckDBPyConnection, read: Sequence[Run]
         connection.execute(statement)
     for schema, file in files.items():
         if schema not in made and file is not None:
-            _keep(connection, schema, file)
+            _keep_views(connection, schema, file)
 
 
 def kept_folder() -> Path | None:
@@ -108,7 +108,7 @@ def _has_bytes(file: Path) -> bool:
         return False
 
 
-def _keep(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> None:
+def _keep_views(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> None:
     """Keep a run's views and macros, but those of its files. The first time, an empty file says that they were made.
 
     Most runs are opened once only. Errors are of no account: then nothing is kept.
@@ -119,12 +119,12 @@ def _keep(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> Non
             return
         with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=file.parent) as folder:
             written = Path(folder) / file.name
-            _write(connection, schema, written)
+            _write_views(connection, schema, written)
             written.replace(file)
         _tidy(file.parent)
 
 
-def _write(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> None:
+def _write_views(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) -> None:
     with _attached(connection, file):
         connection.execute(f"copy from database memory to {_ATTACHED} (schema)")
         every = connection.execute("select schema_name from duckdb_schemas() where not internal").fetchall()

@@ -19,7 +19,7 @@ from saeflow.store.links import folders_of
 from saeflow.store.records import Damaged, PartRecord
 
 HAS_STATX = hasattr(ctypes.CDLL(None), "statx")
-_FOLDER, _ANY_SIZE, _NO_SIZE = -1, -2, -3
+_IS_FOLDER, _ANY_SIZE, _NO_SIZE = -1, -2, -3
 _HERE, _NO_FOLLOW, _MODE_AND_SIZE = -100, 0x100, 0x203  # AT_FDCWD, AT_SYMLINK_NOFOLLOW, STATX_TYPE | MODE | SIZE
 _TEXT = types.CPointer(types.uint8)  # type: ignore[no-untyped-call]
 _statx: Any = types.ExternalFunction("statx", types.int32(types.int32, _TEXT, types.int32, types.uint32, _TEXT))
@@ -34,10 +34,10 @@ def confirmed(folder: str, parts: Sequence[PartRecord]) -> list[bool]:
         try:
             names, sizes = part.names_and_sizes
             paths, n_folders = _paths_inside(names)
-            n_bytes.append([_FOLDER, _ANY_SIZE, *[_FOLDER] * n_folders, *sizes])
+            n_bytes.append([_IS_FOLDER, _ANY_SIZE, *[_IS_FOLDER] * n_folders, *sizes])
         except Damaged:
             paths, _ = _paths_inside(())
-            n_bytes.append([_FOLDER, _NO_SIZE])
+            n_bytes.append([_IS_FOLDER, _NO_SIZE])
         inside.append(paths)
     above = [f"{folder}/{part.folder}".encode() for part in parts]
     sizes_of_all = np.fromiter(itertools.chain.from_iterable(n_bytes), np.int64)
@@ -91,7 +91,7 @@ def _look(
             at += 1
             found = _statx(_HERE, path.ctypes, _NO_FOLLOW, _MODE_AND_SIZE, about.view(np.uint8).ctypes) == 0
             kind = modes[14] & 0o170000
-            if wanted == _FOLDER:
+            if wanted == _IS_FOLDER:
                 found = found and kind == 0o040000
             else:
                 found = found and kind == 0o100000 and (wanted == _ANY_SIZE or about[5] == np.uint64(wanted))

@@ -13,7 +13,7 @@ BLOCK = 16_384
 _MOST_HELD = 256
 """Blocks held in memory."""
 
-AT_ONCE = 16
+REQUESTS_AT_ONCE = 16
 
 
 class FarIds:
@@ -42,7 +42,7 @@ class FarIds:
         held = self._held
         missing = [block for block in blocks.tolist() if block not in held]
         runs = np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1) if missing else []
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             fresh = {block: ids for run in pool.map(self._read_run, runs) for block, ids in run.items()}
         found = {block: held[block] if block in held else fresh[block] for block in blocks.tolist()}
         self._held = held | fresh if len(held) + len(fresh) <= _MOST_HELD else fresh

@@ -7,16 +7,16 @@ import re
 LONGEST = 1_000
 """Bytes of an entry that answers show: as in `short_text.sql` and `short_digits.sql`."""
 
-_REST = re.compile(rb"[\x80-\xbf]{1,3}")
+_CONTINUED = re.compile(rb"[\x80-\xbf]{1,3}")
 _OPEN = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")
-_LETTERS = re.compile(
+_EACH_LETTER = re.compile(
     rb"[\x00-\x7f]|[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}|.", re.DOTALL
 )
 
 
 def letter_rest(content: bytes) -> bytes:
     """Return the bytes at the start that only continue a letter begun before them."""
-    found = _REST.match(content)
+    found = _CONTINUED.match(content)
     return found[0] if found else b""
 
 
@@ -29,7 +29,7 @@ def open_letter(content: bytes) -> bytes:
 def lossy_text(content: bytes) -> str:
     """Return bytes as text; those that are not UTF-8 become the replacement character."""
     text = as_text(content)
-    return "".join(as_text(letter) or "�" for letter in _LETTERS.findall(content)) if text is None else text
+    return "".join(as_text(letter) or "�" for letter in _EACH_LETTER.findall(content)) if text is None else text
 
 
 def short_bytes(content: bytes) -> bytes:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from saeflow.corpus.token_parts import VOCAB_IDS, has_vocab_ids
-from saeflow.query.files.far_ids import AT_ONCE, FarIds
+from saeflow.query.files.far_ids import REQUESTS_AT_ONCE, FarIds
 from saeflow.query.files.looked_up import document_start_function, vocab_id_function
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation
@@ -142,7 +142,7 @@ class TokenIndex:
         if self._filesystem is None:
             yield map
             return
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             yield pool.map
 
     def read_ahead(self, token_ids: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from duckdb.func import FunctionNullHandling, PythonUDFType
 from saeflow.query.files.letters import letter_rest, lossy_text, open_letter
 from saeflow.query.files.looked_up import pieces_around_function, place_function, text_around_function
 from saeflow.query.files.token_index import TokenIndex
-from saeflow.query.files.vocabulary import Entry, Vocabulary
+from saeflow.query.files.vocabulary import VocabEntry, Vocabulary
 
 MOST_TOKENS = 1 << 40
 """Tokens on one side of a token: as in `token_spans.sql`."""
@@ -28,7 +28,7 @@ LETTER_TOKENS = 3
 LookUp = Callable[[int, int, int], "dict[str, object] | None"]
 """What is said of a token, given how many tokens before and after it are shown."""
 
-_MARKS = str.maketrans("«»", "‹›")
+_OTHER_MARKS = str.maketrans("«»", "‹›")
 
 TEXT = pa.struct(
     {"piece": pa.string(), "text_before": pa.string(), "token_text": pa.string(), "text_after": pa.string(),
@@ -96,8 +96,8 @@ class TokenTexts:
         first, vocab_ids = self._span(place, token_id, n_before, n_after)
         entries = [self._vocabulary.entry(each) for each in vocab_ids]
         here = token_id - first
-        texts = _texts(entries, here, max(here - before, 0), min(here + 1 + after, len(entries)))
-        shown = [text.translate(_MARKS) for text in texts]
+        texts = _parts_of_text(entries, here, max(here - before, 0), min(here + 1 + after, len(entries)))
+        shown = [text.translate(_OTHER_MARKS) for text in texts]
         return {
             "piece": self._vocabulary.piece(vocab_ids[here]),
             "text_before": texts[0],
@@ -129,7 +129,7 @@ class TokenTexts:
         return first, vocab_ids.tolist()
 
 
-def _texts(entries: Sequence[Entry], here: int, first: int, end: int) -> tuple[str, str, str]:
+def _parts_of_text(entries: Sequence[VocabEntry], here: int, first: int, end: int) -> tuple[str, str, str]:
     """Return the texts before, at and after a token. The span has more tokens than are shown, to finish letters."""
     near = [entry.text for entry in entries[first:end]]
     whole = [entry.text is not None for entry in entries]
@@ -150,7 +150,7 @@ def _texts(entries: Sequence[Entry], here: int, first: int, end: int) -> tuple[s
     return lossy_text(before[len(letter_rest(before)) :]), lossy_text(lead + middle + rest), lossy_text(after)
 
 
-def _pieces(entries: Sequence[Entry]) -> list[str]:
+def _pieces(entries: Sequence[VocabEntry]) -> list[str]:
     """Return each token's text. A letter whose bytes several tokens share belongs to the one that begins it."""
     texts = [entry.text for entry in entries]
     if None not in texts:
@@ -158,7 +158,7 @@ def _pieces(entries: Sequence[Entry]) -> list[str]:
     return [lossy_text(piece) for piece in _finished(entries)]
 
 
-def _finished(entries: Sequence[Entry]) -> Iterator[bytes]:
+def _finished(entries: Sequence[VocabEntry]) -> Iterator[bytes]:
     for place, (content, text) in enumerate(entries):
         if text is not None:
             yield content

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from saeflow.query.files.letters import LONGEST, as_text, short_bytes
 
 
-class Entry(NamedTuple):
+class VocabEntry(NamedTuple):
     """An entry of the vocabulary."""
 
     content: bytes
@@ -28,9 +28,9 @@ class Vocabulary:
     def __init__(self, paths: Sequence[str], filesystem: Any = None) -> None:
         """`filesystem` is fsspec's that has the files; None for local ones."""
         self._paths, self._filesystem = paths, filesystem
-        self._entries: dict[int, Entry] = {}
+        self._entries: dict[int, VocabEntry] = {}
 
-    def entry(self, vocab_id: int) -> Entry:
+    def entry(self, vocab_id: int) -> VocabEntry:
         return self._entries.get(vocab_id) or self._made(vocab_id)
 
     def pieces(self, vocab_ids: np.ndarray) -> pa.Array:
@@ -41,10 +41,10 @@ class Vocabulary:
         """Return the name of an entry."""
         return self.pieces(np.array([vocab_id]))[0].as_py()  # type: ignore[no-any-return]
 
-    def _made(self, vocab_id: int) -> Entry:
+    def _made(self, vocab_id: int) -> VocabEntry:
         row = self._rows(np.array([vocab_id]))[0].as_py()
         content = short_bytes(b"" if row is None else self._table["bytes"][row].as_py() or b"")
-        self._entries[vocab_id] = made = Entry(content, as_text(content))
+        self._entries[vocab_id] = made = VocabEntry(content, as_text(content))
         return made
 
     def _rows(self, vocab_ids: np.ndarray) -> pa.Array:

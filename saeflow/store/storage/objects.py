@@ -20,7 +20,7 @@ from obstore.store import from_url
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
 from saeflow.runtime.errors import UserError, first_line
-from saeflow.store.storage.traffic import Meter
+from saeflow.store.storage.traffic import TrafficMeter
 
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
 T = TypeVar("T")
@@ -42,7 +42,7 @@ class Objects:
     """
 
     def __init__(self, url: str, n_tries: int = 8) -> None:
-        self.url, self._n_tries, self.meter = url, n_tries, Meter()
+        self.url, self._n_tries, self.meter = url, n_tries, TrafficMeter()
         options: Any = {"retry_config": RETRIES, "client_options": {"allow_http": allow_http()}}
         try:
             self.store: Any = from_url(url, **options)

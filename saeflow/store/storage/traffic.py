@@ -28,7 +28,7 @@ class Traffic:
         return Traffic(dict(+requests), n_bytes, self.cached_bytes - earlier.cached_bytes)
 
 
-class Meter:
+class TrafficMeter:
     """Counts as they grow. Safe to use from several threads."""
 
     def __init__(self) -> None:
