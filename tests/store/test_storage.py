@@ -314,7 +314,7 @@ def test_documents_are_appended_and_forgotten_and_their_bytes_leave(
     compact_store(Lineage(store, recipe), quiet())
     garbage.collect_garbage(Store.open(url), grace_seconds=0, remove=True)
     for name, content in there(server, url).items():
-        if name.endswith("documents.parquet"):
+        if name.endswith("/documents.parquet"):
             (tmp_path / "documents.parquet").write_bytes(content)
             assert "secret" not in pq.read_table(tmp_path / "documents.parquet").column("key").to_pylist()
     assert list(integrity.verify(Store.open(url), full=True)) == []
