@@ -275,16 +275,17 @@ def copied_store(folder: Path, n_values: int) -> Store:
 
 def ask_alone(store: Store) -> dict[str, Any]:
     """Connect and ask every question; to be done in a process that has done nothing else."""
-    began = time.perf_counter()
-    connect_to_run(store)[1].close()
-    first, connected_bytes = time.perf_counter() - began, peak_bytes()
-    began = time.perf_counter()
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        connect_to_run(store)[1].close()
+        taken.append(time.perf_counter() - began)
+    connected_bytes = peak_bytes()
     found = opened(store, store.artefacts("features")[0])
-    again = time.perf_counter() - began
     (answers,) = measured([found])
     files = sum(map(len, found.opened[0].files.values()))
     return {
-        "connect_s": [round(first, 2), round(again, 2)], "files": files, "connected_bytes": connected_bytes,
+        "connect_s": [round(each, 2) for each in taken], "files": files, "connected_bytes": connected_bytes,
         "peak_bytes": peak_bytes(), "answers": answers,
     }  # fmt: skip
 
@@ -296,7 +297,13 @@ def at_size(n_values: int, folder: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     limits = AT_SIZE.get(n_values, AT_SIZE[10_000_000_000])
     listed = [
-        Bar("connect: seconds", 1, "<=", min(found["connect_s"]), round(abs(np.diff(found["connect_s"]).item()), 2)),
+        Bar(
+            "connect: seconds",
+            1,
+            "<=",
+            float(np.median(found["connect_s"])),
+            round(float(np.ptp(found["connect_s"])), 2),
+        ),
         Bar("memory of a process that has connected: bytes", 1_000_000_000, "<=", found["connected_bytes"]),
     ]
     for name, most in limits.items():

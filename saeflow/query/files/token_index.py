@@ -7,6 +7,7 @@ a bucket it costs one request, as do all tokens of its block.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -135,6 +136,18 @@ class TokenIndex:
             return found, lacks
         back = np.argsort(order)
         return found[back], lacks[back]
+
+    def vocab_ids_of_span(self, first: int, last: int) -> np.ndarray:
+        """Return the vocabulary ids int32 of consecutive tokens, both ends included."""
+        place = bisect.bisect_right(self._firsts_as_list, first) - 1
+        opened = self._opened(place) if place >= 0 and last < self._ends[place] else None
+        if isinstance(opened, np.ndarray):
+            return opened[first - self._firsts[place] : last + 1 - self._firsts[place]]
+        return self.vocab_ids(np.arange(first, last + 1))[0]
+
+    @cached_property
+    def _firsts_as_list(self) -> list[int]:
+        return [file.first for file in self.files]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[Callable[..., Iterable[None]]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from duckdb.func import FunctionNullHandling, PythonUDFType
@@ -93,13 +92,12 @@ class TokenTexts:
         if place is None:
             return None
         n_before, n_after = (max(before, LETTER_TOKENS), max(after, LETTER_TOKENS))
-        first, vocab_ids = self._span(place, token_id, n_before, n_after)
-        entries = [self._vocabulary.entry(each) for each in vocab_ids]
+        first, entries = self._span(place, token_id, n_before, n_after)
         here = token_id - first
         texts = _parts_of_text(entries, here, max(here - before, 0), min(here + 1 + after, len(entries)))
         shown = [text.translate(_OTHER_MARKS) for text in texts]
         return {
-            "piece": self._vocabulary.piece(vocab_ids[here]),
+            "piece": entries[here].piece,
             "text_before": texts[0],
             "token_text": texts[1],
             "text_after": texts[2],
@@ -112,21 +110,20 @@ class TokenTexts:
         place = self._documents.place(token_id)
         if place is None:
             return None
-        first, vocab_ids = self._span(place, token_id, before, after)
-        pieces = _pieces([self._vocabulary.entry(each) for each in vocab_ids])
-        return {"first_near_id": first, "pieces": pieces, **self._place_of(place, token_id)}
+        first, entries = self._span(place, token_id, before, after)
+        return {"first_near_id": first, "pieces": _pieces(entries), **self._place_of(place, token_id)}
 
     def _place_of(self, place: int, token_id: int) -> dict[str, object]:
         table, length = self._documents.table, self._length
         key, source = (table[name][place].as_py() for name in ("key", "source"))
         return {"key": key, "source": source, "position": token_id % length if length else None}
 
-    def _span(self, place: int, token_id: int, before: int, after: int) -> tuple[int, list[int]]:
-        """Return the first token of a span inside a document, and the vocabulary ids of all its tokens."""
+    def _span(self, place: int, token_id: int, before: int, after: int) -> tuple[int, list[VocabEntry]]:
+        """Return the first token of a span inside a document, and the entries of all its tokens."""
         first = max(int(self._documents.starts[place]), token_id - before)
         last = min(int(self._documents.ends[place]) - 1, token_id + after)
-        vocab_ids, _ = self._index.vocab_ids(np.arange(first, last + 1))
-        return first, vocab_ids.tolist()
+        entry = self._vocabulary.entry
+        return first, [entry(vocab_id) for vocab_id in self._index.vocab_ids_of_span(first, last).tolist()]
 
 
 def _parts_of_text(entries: Sequence[VocabEntry], here: int, first: int, end: int) -> tuple[str, str, str]:
@@ -159,7 +156,7 @@ def _pieces(entries: Sequence[VocabEntry]) -> list[str]:
 
 
 def _finished(entries: Sequence[VocabEntry]) -> Iterator[bytes]:
-    for place, (content, text) in enumerate(entries):
+    for place, (_, content, text) in enumerate(entries):
         if text is not None:
             yield content
             continue

@@ -17,6 +17,7 @@ from saeflow.query.files.letters import LONGEST, as_text, short_bytes
 class VocabEntry(NamedTuple):
     """An entry of the vocabulary."""
 
+    piece: str | None
     content: bytes
     text: str | None
     """The content, if it is text: then it neither ends a letter of another token nor leaves one open."""
@@ -37,14 +38,11 @@ class Vocabulary:
         """Return the names of entries (n,), null where there is none."""
         return self._pieces.take(self._rows(vocab_ids))
 
-    def piece(self, vocab_id: int) -> str | None:
-        """Return the name of an entry."""
-        return self.pieces(np.array([vocab_id]))[0].as_py()  # type: ignore[no-any-return]
-
     def _made(self, vocab_id: int) -> VocabEntry:
-        row = self._rows(np.array([vocab_id]))[0].as_py()
+        rows = self._rows(np.array([vocab_id]))
+        row, piece = rows[0].as_py(), self._pieces.take(rows)[0].as_py()
         content = short_bytes(b"" if row is None else self._table["bytes"][row].as_py() or b"")
-        self._entries[vocab_id] = made = VocabEntry(content, as_text(content))
+        self._entries[vocab_id] = made = VocabEntry(piece, content, as_text(content))
         return made
 
     def _rows(self, vocab_ids: np.ndarray) -> pa.Array:
