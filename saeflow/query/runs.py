@@ -305,11 +305,13 @@ def _files_of_parts(artefact: Artefact, parts: Iterable[PartRecord], tables: Ite
     """Return the parts' files by table: `table.parquet`, or the files in a folder `table/`."""
     found: dict[str, list[str]] = {table: [] for table in tables}
     for part in parts:
-        artefact.storage.note_recorded(artefact.part_path(part), part.files)
+        path = artefact.part_path(part)
+        artefact.storage.note_recorded(path, part.files)
+        folder = artefact.storage.location(path)  # there are millions of files: no Path for each
         for file in part.files:
             table = file.name.partition("/")[0].removesuffix(".parquet")
             if table in found and file.name.endswith(".parquet"):
-                found[table].append(artefact.storage.location(artefact.part_path(part) / file.name))
+                found[table].append(f"{folder}/{file.name}")
     return dict(found)
 
 
