@@ -28,7 +28,7 @@ from saeflow.features import compaction
 from saeflow.features.levels import AFTER_APPEND, plan_levels
 from saeflow.pipeline.lineage import Ancestors
 from saeflow.query.ask import query
-from saeflow.query.connection import connect
+from saeflow.query.connection import connect_to_run
 from saeflow.recipe.settings import FeaturesConfig
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
@@ -210,9 +210,11 @@ def asked(connection: duckdb.DuckDBPyConnection) -> list[Asked]:
 def ratios(stores: dict[str, Store]) -> dict[str, dict[str, Any]]:
     """Milliseconds of each question by store; and over those of the first store, of three alternations."""
     with contextlib.ExitStack() as stack:
-        held = {name: stack.enter_context(contextlib.closing(connect(store))) for name, store in stores.items()}
+        held = {name: connect_to_run(store) for name, store in stores.items()}
+        for _, connection in held.values():
+            stack.enter_context(contextlib.closing(connection))
         found = {}
-        for each in asked(next(iter(held.values()))):
+        for each in asked(next(iter(held.values()))[1]):
             times = np.array(
                 [in_turn(held.values(), each) for _ in range(ALTERNATIONS)]
             )  # (alternation, argument, store)
@@ -225,11 +227,11 @@ def ratios(stores: dict[str, Store]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def in_turn(connections: Collection[duckdb.DuckDBPyConnection], each: Asked) -> list[list[float]]:
+def in_turn(opened: Collection[queries.Opened], each: Asked) -> list[list[float]]:
     """Milliseconds of each argument on each connection, warm."""
-    for connection in connections:
-        queries.milliseconds(connection, each, each.arguments[0])
-    return [[queries.milliseconds(one, each, a) for one in connections] for a in each.arguments[:8]]
+    for one in opened:
+        queries.milliseconds(one, each, each.arguments[0])
+    return [[queries.milliseconds(one, each, a) for one in opened] for a in each.arguments[:8]]
 
 
 def questions(folder: Path, quick: bool) -> tuple[list[Bar], dict[str, Any]]:
