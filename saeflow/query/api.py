@@ -80,20 +80,24 @@ class OpenRun:
 
         Raises UserError for a question, parameter, feature, source or run that does not exist.
         """
-        return self.explain(question, *arguments, limit=limit, **named)[0]
+        return self._answered(find_question(question), arguments, named, limit)[1]
 
     def explain(
         self, question: str, *arguments: object, limit: int | None = None, **named: object
     ) -> tuple[pa.Table, Cost]:
         """Answer a question as `ask` does, and say what the answer cost: files, requests, bytes and seconds."""
         watch = Watch(self.store.storage)
-        chosen = find_question(question)
-        values = parse_arguments(chosen, name_arguments(chosen, arguments, named))
-        values = resolve_names(self._connection, chosen, values)
-        readings = supply(self.store, self._run, self._connection, chosen, values)
-        answer = ask(self._connection, question, values, limit, readings, self._run)
+        values, answer = self._answered(find_question(question), arguments, named, limit)
         asking = watch.spent(self.store.storage)
         return answer, Cost.of(self._run, question, values, answer, self._connecting, asking)
+
+    def _answered(
+        self, question: Question, arguments: Sequence[object], named: Mapping[str, object], limit: int | None
+    ) -> tuple[dict[str, Any], pa.Table]:
+        values = parse_arguments(question, name_arguments(question, arguments, named))
+        values = resolve_names(self._connection, question, values)
+        readings = supply(self.store, self._run, self._connection, question, values)
+        return values, ask(self._connection, question.name, values, limit, readings, self._run)
 
     def sql(self, statement: str, parameters: Sequence[object] = (), limit: int | None = None) -> pa.Table:
         """Run one statement that only reads. Each `?` in it stands for one of the parameters. Raises UserError."""
