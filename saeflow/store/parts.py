@@ -241,9 +241,8 @@ class Parts(Identity):
         return [part if known or self._is_whole(part) else None for part, known in zip(parts, sure, strict=True)]
 
     def _is_whole(self, part: PartRecord) -> bool:
-        files = part.files
-        wanted = [file.n_bytes for file in files]
-        *found, record = self.storage.sizes(f"{self.path}/parts/{part.folder}", [*(f.name for f in files), "part.json"])
+        names, wanted = part.names_and_sizes
+        *found, record = self.storage.sizes(f"{self.path}/parts/{part.folder}", [*names, "part.json"])
         return record is not None and found == wanted
 
     def unlisted_parts(self, generation: Generation | None) -> Iterator[PartRecord]:

@@ -74,10 +74,12 @@ class Documents:
         found: np.ndarray = np.searchsorted(self.starts, token_ids, "right") - 1
         return found
 
-    def place(self, token_id: int) -> int | None:
-        """Return the place of the token's document, None if it has none."""
-        place = int(self.places(np.array([token_id]))[0])
-        return place if place >= 0 and token_id < self.ends[place] else None
+    def owners(self, token_ids: np.ndarray) -> np.ndarray:
+        """Return the place of each token's document (n,), -1 where it has none."""
+        found = self.places(token_ids)
+        inside = found >= 0
+        inside[inside] = token_ids[inside] < self.ends[found[inside]]
+        return np.where(inside, found, -1)
 
     @cached_property
     def starts(self) -> np.ndarray:

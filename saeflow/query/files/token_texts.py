@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from duckdb.func import FunctionNullHandling, PythonUDFType
@@ -70,11 +71,9 @@ class TokenTexts:
     def places(self, token_ids: pa.ChunkedArray) -> pa.Array:
         """Return what `token_places` says of tokens (n,)."""
         ids = pc.fill_null(token_ids, -1).to_numpy()
-        owners = self._documents.places(ids)
-        inside = owners >= 0
-        inside[inside] = ids[inside] < self._documents.ends[owners[inside]]
+        owners = self._documents.owners(ids)
         vocab_ids, lacks = self._index.vocab_ids(ids)
-        inside &= ~lacks
+        inside = (owners >= 0) & ~lacks
         rows, length = pa.array(owners, mask=~inside), self._length
         named = self._documents.table.take(rows)
         columns = {
@@ -88,8 +87,8 @@ class TokenTexts:
 
     def text_around(self, token_id: int, before: int, after: int) -> dict[str, object] | None:
         """Return what `token_texts` says of a token."""
-        place = self._documents.place(token_id)
-        if place is None:
+        place = int(self._documents.owners(np.array([token_id]))[0])
+        if place < 0:
             return None
         n_before, n_after = (max(before, LETTER_TOKENS), max(after, LETTER_TOKENS))
         first, entries = self._span(place, token_id, n_before, n_after)
@@ -107,8 +106,8 @@ class TokenTexts:
 
     def pieces_around(self, token_id: int, before: int, after: int) -> dict[str, object] | None:
         """Return the pieces of `token_surroundings`, and the token of the first of them."""
-        place = self._documents.place(token_id)
-        if place is None:
+        place = int(self._documents.owners(np.array([token_id]))[0])
+        if place < 0:
             return None
         first, entries = self._span(place, token_id, before, after)
         return {"first_near_id": first, "pieces": _pieces(entries), **self._place_of(place, token_id)}
