@@ -21,7 +21,15 @@ from saeflow.activations.sparse_values import SparseValues
 from saeflow.corpus.selection import TokenSelection
 from saeflow.features.coactivation import PAIR_BYTES, TABLE_FEATURES, PairCounter
 from saeflow.features.counting import KeyTotals, most_frequent_keys, place_sorted
-from saeflow.features.files import TokenMajorWriter, files_of, read_tokens, write_table, write_values
+from saeflow.features.files import (
+    FILE_VALUES,
+    TokenMajorWriter,
+    feature_buckets,
+    files_of,
+    read_tokens,
+    write_table,
+    write_values,
+)
 from saeflow.features.sample import SampleWriter
 from saeflow.features.schema import (
     FIRST_INDEX,
@@ -47,8 +55,10 @@ class MergeSettings:
 
     threads: int = 0
     """0: one for each core."""
-    bucket_values: int = 8_000_000
-    """Values in one file of the order by feature, about."""
+    bucket_values: int = FILE_VALUES
+    """Values in one file of the order by feature, about; more in a part that would have more than `most_files`."""
+    most_files: int = 250
+    """Files of one part in the order by feature, about; half as many in the order by token."""
     piece_values: int = 8_000_000
     """Values read, counted and written at once."""
     table_features: int = TABLE_FEATURES
@@ -59,6 +69,11 @@ class MergeSettings:
     """Places of tokens in one compacted part: rows are numbered in 32 bits, and vocabulary ids held in memory."""
     most_at_once: int = sys.maxsize
     """Values in all parts that are merged after one another. A later merge takes what is left."""
+
+    def file_values(self, n_values: int) -> tuple[int, int]:
+        """Return how many values a file of a part of `n_values` has in the order by feature, and in that by token."""
+        least = n_values // self.most_files
+        return max(self.bucket_values, least), max(self.piece_values, 2 * least)
 
 
 USUAL_MERGE = MergeSettings()
@@ -88,6 +103,7 @@ class PartMerger:
         self.whole = all(self.taken.get(index) is part for part in self.parts for index in covered(part))
         changes = sum(a is not b for a, b in itertools.pairwise(self.taken.values()))
         self.interleaved = changes >= len(self.parts)
+        self.file_values = self.settings.file_values(sum(part.counts["n_values"] for part in self.parts))
         self.n_tokens = 0
         self.left_out: list[pa.Table] = []
         self.left_out_counts: Counter[str] = Counter()
@@ -112,7 +128,7 @@ class PartMerger:
         counted = self.whole and all(map(has_every_table, self.parts))
         for part in self.parts if counted else []:
             self.statistics.add_tables({name: self._table(part, name) for name in PART_TABLES})
-        writer = TokenMajorWriter(self.folder, 2 * self.settings.piece_values)
+        writer = TokenMajorWriter(self.folder, self.file_values[1])
         columns: dict[int, TokenColumns] = {}
         for index, token_ids, sparse in map_in_order(self._read, self._pieces(), 1):
             if index not in columns:
@@ -172,7 +188,7 @@ class PartMerger:
         n_tokens = self.statistics.n_tokens
         groups: list[list[tuple[int, int]]] = [[]]
         n_values = 0
-        for low, high in feature_buckets(n_tokens, self.settings.bucket_values):
+        for low, high in feature_buckets(n_tokens, self.file_values[0]):
             size = int(n_tokens[low : high + 1].sum())
             if groups[-1] and n_values + size > self.settings.piece_values:
                 groups.append([])
@@ -224,20 +240,6 @@ class PartMerger:
         for begin, end in (self.selection.spans[index] for index, taken in self.taken.items() if taken is part):
             keep |= (tokens >= begin) & (tokens <= end)
         return ids[keep], tokens[keep], values[keep]
-
-
-def feature_buckets(n_tokens: np.ndarray, wanted: int) -> list[tuple[int, int]]:
-    """Cut all features into ranges, both ends included, of about `wanted` values each.
-
-    `n_tokens` (F,) is the number of values of each feature. All ranges have about as many values, where no feature has
-    more than a range's share.
-    """
-    ends = np.cumsum(n_tokens)
-    total = int(ends[-1]) if len(ends) else 0
-    n = max(1, round(total / wanted))
-    cuts = np.unique(np.searchsorted(ends, np.arange(1, n) * total / n)) + 1 if n > 1 else np.empty(0, np.int64)
-    edges = np.unique(np.r_[0, cuts, len(n_tokens)])
-    return [(int(a), int(b) - 1) for a, b in itertools.pairwise(edges)]
 
 
 def part_of_each(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,10 @@ from saeflow.store.artefact import Artefact
 from saeflow.store.files import ROW_GROUP
 from saeflow.store.records import PartRecord
 
+FILE_VALUES = 4_000_000
+"""Values in one file of the order by feature, about. DuckDB takes 8 microseconds to pass over each group of rows that a
+question does not need, so smaller files answer sooner; but each file that a statement names costs it 30."""
+
 
 def write_token_major(folder: Path, token_ids: np.ndarray, sparse: SparseValues) -> None:
     """Write the values of these tokens (ascending), sorted by token, then feature."""
@@ -32,8 +37,24 @@ def _by_token(token_ids: np.ndarray, sparse: SparseValues) -> dict[str, np.ndarr
 
 def write_feature_major(folder: Path, token_ids: np.ndarray, entries: FeatureMajor) -> None:
     """Write the values of all features, sorted by feature, then token; row i is that of token_ids[i]."""
-    n_features = len(entries.feature_starts) - 1
-    write_values(folder, "feature_major", (0, n_features - 1), by_feature(token_ids, entries))
+    starts, columns = entries.feature_starts, by_feature(token_ids, entries)
+    for low, high in feature_buckets(np.diff(starts), FILE_VALUES):
+        at = slice(starts[low], starts[high + 1])
+        write_values(folder, "feature_major", (low, high), {name: column[at] for name, column in columns.items()})
+
+
+def feature_buckets(n_tokens: np.ndarray, wanted: int) -> list[tuple[int, int]]:
+    """Cut all features into ranges, both ends included, of about `wanted` values each.
+
+    `n_tokens` (F,) is the number of values of each feature. All ranges have about as many values, where no feature has
+    more than a range's share.
+    """
+    ends = np.cumsum(n_tokens)
+    total = int(ends[-1]) if len(ends) else 0
+    n = max(1, round(total / wanted))
+    cuts = np.unique(np.searchsorted(ends, np.arange(1, n) * total / n)) + 1 if n > 1 else np.empty(0, np.int64)
+    edges = np.unique(np.r_[0, cuts, len(n_tokens)])
+    return [(int(a), int(b) - 1) for a, b in itertools.pairwise(edges)]
 
 
 def by_feature(token_ids: np.ndarray, entries: FeatureMajor) -> dict[str, np.ndarray]:
@@ -135,6 +156,11 @@ def write_table(path: Path, table: pa.Table) -> None:
     pq.write_table(table, path, row_group_size=_ROW_GROUPS.get(path.stem, ROW_GROUP), **column_encodings(table.schema))
 
 
+_PAGE_BYTES = 1 << 15
+"""Bytes of a page: 8,192 values. A question unpacks the pages of the rows it needs, and passes over the others. Pages
+of 1 MiB take 1% fewer bytes, and a tenth more time for a feature of 13 parts."""
+
+
 def column_encodings(schema: pa.Schema) -> dict[str, object]:
     """Return how columns are packed: see the figures in the README, section on bytes."""
     split = dict.fromkeys(("value", "cosine", "logit"), "BYTE_STREAM_SPLIT")
@@ -143,6 +169,7 @@ def column_encodings(schema: pa.Schema) -> dict[str, object]:
         "compression": "zstd",
         "compression_level": 1,
         "use_dictionary": [name for name in schema.names if name not in plain],
+        "data_page_size": _PAGE_BYTES,
         "column_encoding": {name: encoding for name, encoding in plain.items() if name in schema.names},
     }
 

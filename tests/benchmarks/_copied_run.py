@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from saeflow.activations.sparse_values import SparseRows
 from saeflow.corpus.token_parts import write_token_tables
 from saeflow.corpus.vocabulary import write_vocab
-from saeflow.features.compaction import USUAL_MERGE, feature_buckets
-from saeflow.features.files import files_of, write_table, write_values
+from saeflow.features.compaction import USUAL_MERGE
+from saeflow.features.files import feature_buckets, files_of, write_table, write_values
 from saeflow.features.sample import SampledDocuments, SampleWriter, is_sampled
 from saeflow.features.schema import FIRST_INDEX, PART_TABLES, VALUES, stands_for
 from saeflow.store.artefact import Artefact
@@ -148,11 +148,12 @@ def _copy_values(
     counts = {"n_tokens": sum(part.counts["n_tokens"] for part in tokens), "n_values": n_values, "n_parts": len(tokens)}
     inputs = {f"{each.index:06d}": stands_for({"tokens": each.folder, "activations": each.folder}) for each in tokens}
     with target.new_part(FIRST_INDEX + tokens[0].index, counts, inputs) as folder:
-        at_once = USUAL_MERGE.bucket_values
+        of_feature, of_token = USUAL_MERGE.file_values(n_values)
         with ThreadPoolExecutor(n_threads) as pool:
-            buckets = feature_buckets(np.diff(original.starts) * times, at_once)
+            buckets = feature_buckets(np.diff(original.starts) * times, of_feature)
             list(pool.map(partial(_write_features, original, folder, copies), buckets))
-            list(pool.map(partial(_write_tokens, original, folder), _pieces(original, copies, 2 * at_once)))
+            pieces = _pieces(original, copies, of_token)
+            list(pool.map(partial(_write_tokens, original, folder), pieces))
         _write_sample(original, folder, copies)
         for name in PART_TABLES:
             _write_statistics(original, folder, name, len(copies), times)

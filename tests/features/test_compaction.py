@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow.features.compaction import USUAL_MERGE, MergeSettings, feature_buckets, plan_merges
-from saeflow.features.files import files_of
+from saeflow.features.compaction import USUAL_MERGE, MergeSettings, plan_merges
+from saeflow.features.files import feature_buckets, files_of
 from saeflow.features.schema import PART_TABLES, TOP, TOP_VOCAB, covered
 from saeflow.features.statistics import bands_of
 from saeflow.pipeline import compact, encode, stages

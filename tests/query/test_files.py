@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from saeflow.corpus.token_parts import VOCAB_IDS
 from saeflow.query import connection as connections
-from saeflow.query.ask import ask
+from saeflow.query.ask import ask, query
 from saeflow.query.catalog import OF_EVERY_RUN, sql_folder
 from saeflow.query.connection import connect_to_run
 from saeflow.query.files import far_ids
@@ -29,6 +29,7 @@ from saeflow.query.files.token_index import Documents, TokenIndex, VocabIdFile
 from saeflow.query.questions import questions
 from saeflow.query.runs import runs
 from saeflow.store.store import Store
+from tests.benchmarks import _made_run
 from tests.support.small_store import Document, Given
 
 ABOUT = {
@@ -64,6 +65,19 @@ def asked() -> dict[str, dict[str, object]]:
         if names & {*FEATURE_PARAMETERS, TOKEN} and {*needed} <= ABOUT.keys() and question.name not in OF_EVERY_RUN:
             found[question.name] = {name: ABOUT[name] for name in needed}
     return found
+
+
+def test_tokens_come_in_the_order_of_the_corpus_from_many_groups_of_rows_and_threads(tmp_path: Path) -> None:
+    _made_run.make(Store.create(tmp_path), 1 << 21, part_tokens=[1 << 14, 3 << 14], n_features=64)
+    run, connection = connect_to_run(Store(tmp_path), threads=4, names=["tokens_where", "stg_feature_stats"])
+    with closing(connection):
+        [feature, n_tokens] = query(
+            connection, "select feature_id, n_tokens from stg_feature_stats order by n_tokens desc limit 1"
+        ).to_pylist()[0].values()  # fmt: skip
+        found = ask(connection, "tokens_where", {"feature": feature, "threshold": 0.0}, run=run)
+    tokens = found["token_id"].to_numpy()
+    assert len(tokens) == n_tokens > 20_000
+    assert (np.diff(tokens) > 0).all()
 
 
 @pytest.mark.long

@@ -126,10 +126,11 @@ class Many:
         for start in range(0, len(every), USUAL_MERGE.most_values // per_part):
             group = every[start : start + USUAL_MERGE.most_values // per_part]
             n_values = per_part * len(group)
-            ids = np.linspace(0, N_FEATURES, max(1, n_values // USUAL_MERGE.bucket_values) + 1, dtype=int)
+            of_feature, of_token = USUAL_MERGE.file_values(n_values)
+            ids = np.linspace(0, N_FEATURES, max(1, n_values // of_feature) + 1, dtype=int)
             first = group[0].index * self.n_sequences * LENGTH
             last = first + len(group) * self.n_sequences * LENGTH
-            tokens = np.linspace(first, last, max(1, n_values // (2 * USUAL_MERGE.piece_values)) + 1, dtype=int)
+            tokens = np.linspace(first, last, max(1, n_values // of_token) + 1, dtype=int)
             files = [f"{table}.parquet" for table in PART_TABLES | SAMPLE_TABLES]
             files += [f"feature_major/low={a}/high={b - 1}/000.parquet" for a, b in itertools.pairwise(ids)]
             files += [f"token_major/low={a}/high={b - 1}/000.parquet" for a, b in itertools.pairwise(tokens)]

