@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import httpx
 
 from saeflow.query.api import OpenRun
 from saeflow.query.connection import connect
+from saeflow.runtime.memory import peak_bytes
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, report
 from tests.benchmarks.queries import copied_store, made
@@ -63,7 +63,7 @@ def answered(store: Path, seconds: float, place: int) -> dict[str, float]:
             run.ask("token_features", (feature * 7919 + place) % last)
             n += 4
         taken = time.perf_counter() - began
-    return {"per_second": n / taken, "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return {"per_second": n / taken, "peak_bytes": peak_bytes()}
 
 
 def together(store: Path, n: int, seconds: float) -> list[dict[str, float]]:
