@@ -93,6 +93,10 @@ class Documents:
         ends: np.ndarray = self.starts + self.table["n_tokens"].to_numpy()
         return ends
 
+    def named(self, places: pa.Array) -> dict[str, pa.Array]:
+        """Return the numbers, keys and sources (n,) of the documents at these places, null at null."""
+        return {name: self.table[name].take(places).combine_chunks() for name in ("document_id", "key", "source")}
+
     @cached_property
     def table(self) -> pa.Table:
         """Their numbers, keys and sources."""

@@ -74,12 +74,11 @@ class TokenTexts:
         owners = self._documents.owners(ids)
         vocab_ids, lacks = self._index.vocab_ids(ids)
         inside = (owners >= 0) & ~lacks
-        rows, length = pa.array(owners, mask=~inside), self._length
-        named = self._documents.table.take(rows)
+        length = self._length
         columns = {
             "vocab_id": pa.array(vocab_ids, pa.int32()),
             "piece": self._vocabulary.pieces(vocab_ids),
-            **{name: named[name].combine_chunks() for name in ("document_id", "key", "source")},
+            **self._documents.named(pa.array(owners, mask=~inside)),
             "position": pa.array(ids % length) if length else pa.nulls(len(ids), pa.int64()),
         }
         arrays = [array.cast(PLACE.field(name).type) for name, array in columns.items()]
