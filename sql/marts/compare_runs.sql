@@ -26,9 +26,23 @@ known as materialized (
     end as are_known
     from sizes
 ),
+-- A bit for each of 120 tokens that follow one another: a set of all tokens would fill the memory.
+token_blocks as (
+    select run, token_id // 120 as block, bit_or(1::hugeint << (token_id % 120)::int) as tokens
+    from every_run.stg_tokens_encoded
+    where run in (a, b)
+    group by run, block
+),
+encoded as materialized (
+    select block, of_a.tokens & of_b.tokens as tokens
+    from (from token_blocks where run = a) as of_a
+    join (from token_blocks where run = b) as of_b using (block)
+),
 fired_a as not materialized (
-    select token_id, feature_id from every_run.stg_token_major
-    where run = a and token_id in (select token_id from every_run.stg_tokens_encoded where run = b)
+    select token_id, feature_id
+    from every_run.stg_token_major
+    join encoded on token_id // 120 = block
+    where run = a and tokens >> (token_id % 120)::int & 1 = 1
 ),
 counts_a as materialized (
     from (select feature_id, count(*) as n_a from fired_a group by feature_id) where n_a >= min_tokens
@@ -37,7 +51,8 @@ counts_b as materialized (
     from (
         select feature_id as match_id, count(*) as n_b
         from every_run.stg_token_major
-        where run = b and token_id in (select token_id from every_run.stg_tokens_encoded where run = a)
+        join encoded on token_id // 120 = block
+        where run = b and tokens >> (token_id % 120)::int & 1 = 1
         group by feature_id
     )
     where n_b >= min_tokens
@@ -73,8 +88,7 @@ candidates as materialized (
     )
     qualify jaccard >= max(jaccard) over (partition by feature_id) - 0.1
 ),
--- A bit for each of 120 tokens that follow one another: a feature that fires in a text fires there often, so there are
--- an eighth as many blocks as values.
+-- A feature that fires in a text fires there often, so there are an eighth as many blocks as values.
 blocks_a as (
     select token_id // 120 as block, feature_id, bit_or(1::hugeint << (token_id % 120)::int) as fires
     from every_run.stg_token_major

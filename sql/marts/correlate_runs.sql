@@ -1,7 +1,8 @@
 -- How alike the values of features of one run are to those of features of another: their correlation over all tokens.
 --
 -- Grain:   one row per pair of the lists, in their order.
--- Reads:   stg_runs, stg_token_major and stg_tokens_encoded of all runs side by side, jaccard_index
+-- Reads:   stg_runs, stg_feature_major (only the row groups of these features) and stg_tokens_encoded of all runs side by
+--          side, jaccard_index
 -- Units:   a and b are schema names from the view runs; both runs must be of the same tokens. The first of features is
 --          paired with the first of matches, and so on. n_a and n_b count the tokens at which each fires, n_both those
 --          at which both do, of the n_all tokens that both runs encoded. correlation is Pearson's over the n_all
@@ -27,27 +28,40 @@ pairs as materialized (
         unnest(features)::bigint     as feature_id,
         unnest(matches)::bigint      as match_id
 ),
+-- A bit for each of 120 tokens that follow one another: a set of all tokens would fill the memory.
+blocks as (
+    select run, token_id // 120 as block, bit_or(1::hugeint << (token_id % 120)::int) as tokens
+    from every_run.stg_tokens_encoded
+    where run in (a, b)
+    group by run, block
+),
 encoded as materialized (
-    select token_id from every_run.stg_tokens_encoded where run = a
-    intersect
-    select token_id from every_run.stg_tokens_encoded where run = b
+    select block, of_a.tokens & of_b.tokens as tokens
+    from (from blocks where run = a) as of_a
+    join (from blocks where run = b) as of_b using (block)
 ),
 size as (
-    select count(*)::double as n_all from encoded
+    select coalesce(sum(bit_count(tokens)), 0)::double as n_all from encoded
 ),
 of_a as materialized (
     select feature_id, token_id, value::double as value
-    from every_run.stg_token_major
+    from every_run.stg_feature_major
+    join encoded on token_id // 120 = block
     where run = a
         and feature_id in (select feature_id from pairs)
-        and token_id in (select token_id from encoded)
+        and low <= list_max(features::bigint[])
+        and high >= list_min(features::bigint[])
+        and tokens >> (token_id % 120)::int & 1 = 1
 ),
 of_b as materialized (
     select feature_id as match_id, token_id, value::double as value
-    from every_run.stg_token_major
+    from every_run.stg_feature_major
+    join encoded on token_id // 120 = block
     where run = b
         and feature_id in (select match_id from pairs)
-        and token_id in (select token_id from encoded)
+        and low <= list_max(matches::bigint[])
+        and high >= list_min(matches::bigint[])
+        and tokens >> (token_id % 120)::int & 1 = 1
 ),
 sums_a as (
     select feature_id, count(*) as n_a, sum(value) as sum_a, sum(value * value) as squares_a
