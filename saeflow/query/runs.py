@@ -11,25 +11,14 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import filterfalse
 from typing import Any, NamedTuple
 
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import has_marks
 from saeflow.features import beside
-from saeflow.features.schema import (
-    LEFT_OUT_TABLE,
-    ORDERS,
-    PART_TABLES,
-    RUN_TABLES,
-    SAMPLE_TABLES,
-    covered,
-    has_every_table,
-    has_sample,
-    hidden_digest_of,
-    token_ranges,
-)
+from saeflow.features.schema import ORDERS, covered, has_every_table, has_sample, hidden_digest_of, token_ranges
 from saeflow.query import run_records
+from saeflow.query.files.by_table import files_by_table
 from saeflow.query.files.chosen import FileRanges
 from saeflow.query.files.looked_up import vocab_id_function
 from saeflow.query.files.relations import condition_of_encoded, reason_to_skip
@@ -210,7 +199,7 @@ def run_of_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord]) 
     return Run(
         artefact,
         artefact.name,
-        _files_by_table(artefact, parts, tokens, token_parts),
+        files_by_table(artefact, parts, tokens, token_parts),
         facts=json.dumps(artefact.record.facts),
         hidden=generation.hidden_ids,
         shape=_shape(artefact, tokens, parts),
@@ -226,7 +215,7 @@ def _read_run(store: Store, artefact: Artefact, schema: str) -> Run:
     tokens = store.by_id(source)
     generation = tokens.published()
     shown = _shown_parts(artefact, generation)
-    files = _files_by_table(artefact, shown, tokens, generation.parts)
+    files = files_by_table(artefact, shown, tokens, generation.parts)
     files["training_log"] = run_records.log_of(run_records.ancestors(store, artefact))
     files |= beside.effect_files(store, artefact.id)
     _refuse_damage(store, artefact, tokens, files)
@@ -282,37 +271,6 @@ def _raise_damage(artefact: Artefact) -> None:
 def _refuse_lost_vocabulary(store: Store, artefact: Artefact, tokens: Artefact) -> None:
     if store.storage.size(f"{tokens.path}/vocab.parquet") is None:  # early records do not name it
         raise UserError(f"{artefact.id} has no vocab.parquet")
-
-
-def _files_by_table(
-    artefact: Artefact, shown: Sequence[PartRecord], tokens: Artefact, token_parts: Sequence[PartRecord]
-) -> dict[str, Sequence[str]]:
-    """Return a run's files by table: those of its parts, of the token parts, and those beside the parts."""
-    for each in (artefact, tokens):
-        each.storage.note_recorded(each.path, each.record.files)
-    own = {file.name for file in artefact.record.files}
-    beside = (table for table in RUN_TABLES if f"{table}.parquet" in own)
-    return {
-        **_files_of_parts(artefact, shown, [*ORDERS, *PART_TABLES, *LEFT_OUT_TABLE, *SAMPLE_TABLES]),
-        **_files_of_parts(tokens, token_parts, ["tokens", "documents", "vocab_blocks"]),
-        "unmarked_tokens": _files_of_parts(tokens, filterfalse(has_marks, token_parts), ["tokens"])["tokens"],
-        "vocab": [tokens.storage.location(tokens.path / "vocab.parquet")],
-        **{table: [artefact.storage.location(artefact.path / f"{table}.parquet")] for table in beside},
-    }
-
-
-def _files_of_parts(artefact: Artefact, parts: Iterable[PartRecord], tables: Iterable[str]) -> dict[str, Sequence[str]]:
-    """Return the parts' files by table: `table.parquet`, or the files in a folder `table/`."""
-    found: dict[str, list[str]] = {table: [] for table in tables}
-    for part in parts:
-        path = artefact.part_path(part)
-        artefact.storage.note_recorded(path, part.files)
-        folder = artefact.storage.location(path)  # there are millions of files: no Path for each
-        for file in part.files:
-            table = file.name.partition("/")[0].removesuffix(".parquet")
-            if table in found and file.name.endswith(".parquet"):
-                found[table].append(f"{folder}/{file.name}")
-    return dict(found)
 
 
 def _shape(artefact: Artefact, tokens: Artefact, shown: Sequence[PartRecord]) -> dict[str, int | None]:

@@ -15,6 +15,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from saeflow.features.sample import is_sampled
@@ -24,6 +25,7 @@ from saeflow.query.connection import check, connect
 from saeflow.query.outside import approximation
 from saeflow.query.outside.approximation import estimate_of
 from saeflow.query.questions import find_question, parse_arguments
+from saeflow.query.runs import runs
 from saeflow.runtime.errors import UserError
 from tests.support.part_tables import Value
 from tests.support.small_store import Document, Given
@@ -184,6 +186,19 @@ def test_a_run_with_a_part_of_an_earlier_saeflow_is_answered_exactly_alone(tmp_p
         assert estimate(connection, "coactivation", 0) is None
         with pytest.raises(UserError, match="stored no sample: saeflow compact stores it"):
             ask(connection, "approximate_coactivation", [0])
+
+
+def test_a_table_that_is_empty_in_some_parts_is_listed_with_its_largest_file_first(tmp_path):
+    """DuckDB plans by the rows of the first file. No document of the first part is in the sample, one of the second."""
+    keys = [*OTHERS[:20], *SAMPLED[:1], *OTHERS[20:29], *SAMPLED[1:11]]
+    documents = [Document(key, None, [b"x"] * 4) for key in keys]
+    values = [(token, 0, 1.0) for token in range(160)]
+    world = Given(documents=documents, values=values, n_parts=4, n_token_parts=4)
+    (run,) = runs(world.write(tmp_path))
+    for table in SAMPLE_TABLES:
+        rows = [pq.read_metadata(path).num_rows for path in run.files[table]]
+        assert rows[0] == max(rows) > min(rows) == 0
+        assert len(rows) == 4
 
 
 def test_documents_forgotten_since_are_not_in_the_sample(tmp_path):

@@ -1,6 +1,7 @@
 """The files that answers come from. Read `relations` first.
 
 relations    lists of files as SQL
+by_table     the files of a run, by table
 chosen       the few files that one question reads
 looked_up    the SQL of connections that look tokens up without SQL
 token_index  the vocabulary id and the document of a token
