@@ -25,9 +25,16 @@ def message(error: Exception, of_store: bool = True) -> str:
 
     `of_store`: a damaged file may be the store's, so the message says how to repair it.
     """
-    lines = [brief(line, 160) for line in without_traceback(str(error))[:10_000].splitlines()]
+    text = without_traceback(str(error)).removeprefix(_OF_SQL)
+    lines = [brief(line, 160) for line in text[:10_000].splitlines()]
     said = brief("\n".join(lines[:10]), 800)
     return f"{said}\n{REPAIR}" if of_store and _IS_DAMAGE.search(said) else said
+
+
+def is_refusal(error: Exception) -> bool:
+    """True if the SQL refused what it was given, by `error('…')`: its message says all that a user needs."""
+    said = str(error)
+    return said.startswith(_OF_SQL) and not _IS_DAMAGE.search(said)
 
 
 def without_traceback(text: str) -> str:
@@ -35,6 +42,9 @@ def without_traceback(text: str) -> str:
     *_, last = _RAISED.split(text)
     return last
 
+
+_OF_SQL = "Invalid Input Error: "
+"""What DuckDB writes in front of the message of `error('…')`."""
 
 _RAISED = re.compile(r"^Traceback \(most recent call last\):\n(?:[ \t].*\n)+[\w.]+: ", re.MULTILINE)
 _IS_DAMAGE = re.compile(r"magic bytes|too small|TProtocol|thrift|[Dd]ecompress|[Cc]orrupt|Variable-length|\.parquet")
