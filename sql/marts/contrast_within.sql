@@ -1,29 +1,33 @@
 -- How differently each feature fires in two sources, between two dates or in a range of parts.
 --
--- Grain:   one row per feature, dead ones too, the largest effect first.
--- Reads:   within_stats, within_sizes, stg_feature_stats, cohens_h, log2_rate_ratio
+-- Grain:   one row per feature, or listed feature, dead ones too, the largest effect first.
+-- Reads:   within_stats, stg_feature_stats, cohens_h, log2_rate_ratio
 -- Units:   the columns are those of source_contrast, the range is that of summary_within. All are exact. Stored counts
 --          answer for every part whose documents of both sources are all in the range. Values are read of other parts,
 --          of parts with more than 64 sources, and of those of an earlier saeflow, which did not count sources.
--- Parameters: a text, b text, since text = null, until text = null, from_part bigint = null, to_part bigint = null
+-- Parameters: a text, b text, since text = null, until text = null, from_part bigint = null, to_part bigint = null,
+--          features bigint[] = null
 -- Ask it:  what tells novels from scripture since 1813?  from contrast_within('austen', 'bible', '1813')
 create or replace macro contrast_within(
-    a, b, since := null, until := null, from_part := null, to_part := null
+    a, b, since := null, until := null, from_part := null, to_part := null, features := null
 ) as table
-with totals as (
+with found as materialized (
+    from within_stats([a, b], since, until, from_part, to_part, features)
+),
+totals as (
     select
-        sum(n_encoded) filter (where sizes.source = a)::bigint as tokens_a,
-        sum(n_encoded) filter (where sizes.source = b)::bigint as tokens_b
-    from within_sizes([a, b], since, until, from_part, to_part) as sizes
+        sum(found.n_tokens) filter (where feature_id is null and found.source = a)::bigint as tokens_a,
+        sum(found.n_tokens) filter (where feature_id is null and found.source = b)::bigint as tokens_b
+    from found
 ),
 firing as (
     select
         feature_id,
-        sum(stats.n_tokens) filter (where stats.source = a)::bigint as n_a,
-        sum(stats.n_tokens) filter (where stats.source = b)::bigint as n_b,
-        sum(stats.sum_value) filter (where stats.source = a)        as sum_a,
-        sum(stats.sum_value) filter (where stats.source = b)        as sum_b
-    from within_stats([a, b], since, until, from_part, to_part) as stats
+        sum(found.n_tokens) filter (where found.source = a)::bigint as n_a,
+        sum(found.n_tokens) filter (where found.source = b)::bigint as n_b,
+        sum(found.sum_value) filter (where found.source = a)        as sum_a,
+        sum(found.sum_value) filter (where found.source = b)        as sum_b
+    from found
     group by feature_id
 ),
 rates as (
@@ -40,6 +44,7 @@ rates as (
     from stg_feature_stats
     left join firing using (feature_id)
     cross join totals
+    where features is null or list_contains(features, feature_id)
 )
 select
     feature_id,

@@ -4,15 +4,18 @@
 -- Reads:   stg_document_places, stg_part_tokens, stg_shape, src_encoded_tokens, part_folder, filter_date
 -- Units:   sources is a list of names; null, here and below, means all. `since` is included, `until` is not; with
 --          either, documents without a date are left out. from_part and to_part, both included, are those of
---          stg_part_tokens. folder is that of the run's part. is_counted is true if every document of the part that has
---          one of the sources is in the range, none of them is hidden, and the part counts each source apart: then what
---          the part stores is exact for the range.
+--          stg_part_tokens. folder is that of the run's part; first_token_id and end_token_id are those of
+--          stg_document_places. is_counted is true if every document of the part that has one of the sources is in the
+--          range, none of them is hidden, and the part counts each source apart: then what the part stores is exact for
+--          the range.
 -- Ask it:  from within_documents(['novels'], '1813', null, null, null)
 create or replace macro within_documents(sources, since, until, from_part, to_part) as table
 with placed as materialized (
     select
         document_id,
         places.source,
+        places.first_token_id,
+        places.end_token_id,
         case when places.first_token_id < parts.end_token_id then folder end as folder,
         coalesce(
             not is_hidden
@@ -35,6 +38,12 @@ counted as (
     group by folder
     having bool_and(is_in_range)
 )
-select document_id, placed.source, folder, folder is not null and folder in (from counted) as is_counted
+select
+    document_id,
+    placed.source,
+    folder,
+    first_token_id,
+    end_token_id,
+    folder is not null and folder in (from counted) as is_counted
 from placed
 where is_in_range;

@@ -6,8 +6,8 @@ import contextlib
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from saeflow.features.schema import ORDERS
 from saeflow.query.ask import ask
 from saeflow.query.connection import connect
 from saeflow.runtime.errors import UserError
@@ -80,6 +81,7 @@ RANGES = st.fixed_dictionaries(
         "until": st.sampled_from(["1813", "1814"]),
         "from_part": st.integers(0, 2),
         "to_part": st.integers(0, 2),
+        "features": st.lists(st.integers(0, 3), min_size=1, max_size=3),
     },
 )
 
@@ -101,14 +103,16 @@ def test_a_range_is_answered_as_looking_at_each_of_its_tokens_answers(world, dat
             summary_is_right(within, ask(connection, "summary_within", within.arguments).to_pylist())
             for feature in slow.features[:2]:
                 bins = Counter(map(bin_of, within.firing(feature)))
-                rows = ask(connection, "histogram_within", {"feature": feature} | within.arguments).to_pylist()
+                about = {name: value for name, value in within.arguments.items() if name != "features"}
+                rows = ask(connection, "histogram_within", {"feature": feature} | about).to_pylist()
                 assert [row["n_tokens"] for row in rows] == [bins[each] for each in sorted(bins)]
                 assert [row["share"] for row in rows] == [bins[each] / bins.total() for each in sorted(bins)]
             contrast_is_right(within, connection)
 
 
 def summary_is_right(within: Range, rows: Rows) -> None:
-    assert [row["feature_id"] for row in rows] == list(range(within.slow.given.n_features))
+    listed = within.arguments.get("features", range(within.slow.given.n_features))
+    assert [row["feature_id"] for row in rows] == sorted({*listed})
     n_encoded = within.n_encoded
     for row in rows:
         values = within.firing(row["feature_id"])
@@ -122,7 +126,9 @@ def summary_is_right(within: Range, rows: Rows) -> None:
 
 def contrast_is_right(within: Range, connection: duckdb.DuckDBPyConnection) -> None:
     about = {name: value for name, value in within.arguments.items() if name != "source"}
-    for row in ask(connection, "contrast_within", {"a": "s", "b": "t"} | about).to_pylist():
+    rows = ask(connection, "contrast_within", {"a": "s", "b": "t"} | about).to_pylist()
+    assert {row["feature_id"] for row in rows} == {*about.get("features", range(within.slow.given.n_features))}
+    for row in rows:
         for source, side in (("s", "a"), ("t", "b")):
             part = Range(within.slow, about | {"source": source})
             values, n = part.firing(row["feature_id"]), part.n_encoded
@@ -146,14 +152,29 @@ IN_PARTS = Given(
 """Two documents a part. Part 0 is of 1811, part 1 of 1813, and part 2 of both 1815 and 1811."""
 
 
-def without_values(store: Store) -> None:
+def without_values(store: Store, orders: Sequence[str] = ORDERS) -> None:
     """Overwrite the values in each file, but not the footer, which says what a file holds."""
-    for order in ("feature_major", "token_major"):
-        for path in store.root.glob(f"features/*/parts/*/{order}/**/*.parquet"):
-            content = bytearray(path.read_bytes())
-            footer = pq.read_metadata(path).serialized_size + 8
-            content[4:-footer] = bytes(len(content) - footer - 4)
-            path.write_bytes(content)
+    for path in files(store, orders):
+        content = bytearray(path.read_bytes())
+        footer = pq.read_metadata(path).serialized_size + 8
+        content[4:-footer] = bytes(len(content) - footer - 4)
+        path.write_bytes(content)
+
+
+def without_row_groups(store: Store, places: Sequence[int]) -> None:
+    """Overwrite these row groups in the files by token."""
+    for path in files(store, ["token_major"]):
+        content, about = bytearray(path.read_bytes()), pq.read_metadata(path)
+        for place in places:
+            columns = [about.row_group(place).column(i) for i in range(about.num_columns)]
+            start = min(column.dictionary_page_offset or column.data_page_offset for column in columns)
+            size = sum(column.total_compressed_size for column in columns)
+            content[start : start + size] = bytes(size)
+        path.write_bytes(content)
+
+
+def files(store: Store, orders: Sequence[str]) -> list[Path]:
+    return [path for order in orders for path in store.root.glob(f"features/*/parts/*/{order}/**/*.parquet")]
 
 
 @pytest.mark.parametrize(
@@ -167,6 +188,8 @@ def without_values(store: Store) -> None:
         ("histogram_within", {"feature": 1, "to_part": 0}),
         ("histogram_within", {"feature": 1, "since": "1812", "until": "1814"}),
         ("contrast_within", {"a": "s", "b": "t", "to_part": 1}),
+        ("summary_within", {"to_part": 1, "features": [2, 29]}),
+        ("contrast_within", {"a": "s", "b": "t", "from_part": 1, "features": [2]}),
     ],
 )
 def test_whole_parts_and_sources_of_parts_are_answered_from_stored_counts(tmp_path, question, arguments):
@@ -184,6 +207,7 @@ def test_whole_parts_and_sources_of_parts_are_answered_from_stored_counts(tmp_pa
         ("summary_within", {"until": "1812"}),
         ("histogram_within", {"feature": 1, "source": "s"}),
         ("contrast_within", {"a": "s", "b": "t", "until": "1812"}),
+        ("summary_within", {"until": "1812", "features": [2]}),
     ],
 )
 def test_values_are_read_where_a_part_has_documents_in_and_out_of_the_range(tmp_path, question, arguments):
@@ -193,6 +217,59 @@ def test_values_are_read_where_a_part_has_documents_in_and_out_of_the_range(tmp_
         ask(connection, question, arguments)
 
 
+def test_listed_features_are_read_by_feature_and_all_features_by_token(tmp_path):
+    store, about = IN_PARTS.write(tmp_path), {"until": "1812"}
+    with connect(store) as connection:
+        every = ask(connection, "summary_within", about).to_pylist()
+    without_values(store, ["token_major"])
+    with connect(store) as connection:
+        assert ask(connection, "summary_within", about | {"features": [7, 3]}).to_pylist() == [every[3], every[7]]
+        with pytest.raises(UserError, match="failed"):
+            ask(connection, "summary_within", about)
+
+
+ONE_PART = replace(
+    IN_PARTS, documents=[Document(f"d{i}", "s", PIECES) for i in range(6)], n_parts=1, n_token_parts=1,
+    metadata={"published": pa.array(["1811", "1812", "1812", "1813", "1811", "1815"])}, row_group_size=80,
+)  # fmt: skip
+"""A row group has the values of one document: each has four tokens, and 20 values a token."""
+
+
+@pytest.mark.parametrize(
+    ("about", "unread"),
+    [
+        ({"since": "1812", "until": "1813"}, [3, 4, 5]),
+        ({"since": "1815"}, [1, 2, 3, 4]),
+        ({"since": "1812", "until": "1814"}, [4, 5]),
+    ],
+)
+def test_of_documents_that_follow_on_one_another_only_their_row_groups_are_read(tmp_path, about, unread):
+    """DuckDB looks into the first row group before it knows which tokens are wanted."""
+    store = ONE_PART.write(tmp_path)
+    assert [pq.read_metadata(path).num_row_groups for path in files(store, ["token_major"])] == [6]
+    with connect(store) as connection:
+        wanted = ask(connection, "summary_within", about).to_pylist()
+    summary_is_right(Range(Slow(ONE_PART), about), wanted)
+    without_row_groups(store, unread)
+    with connect(store, threads=1) as connection:
+        assert ask(connection, "summary_within", about).to_pylist() == wanted
+        with pytest.raises(UserError, match="failed"):
+            ask(connection, "summary_within", {"until": "1815"})
+
+
+def test_documents_between_those_of_a_range_do_not_count_whichever_part_holds_them(tmp_path):
+    """Part 0 of the run is said to hold the first and the last part of the tokens."""
+    world = replace(IN_PARTS, metadata={"published": pa.array(["1811", "1813", "1811", "1811", "1813", "1815"])})
+    within = Range(Slow(world), {"since": "1813", "until": "1815"})
+    with connect(world.write(tmp_path)) as connection:
+        connection.execute(
+            "create or replace table moved as select * replace (case when part = 2 then "
+            "(select folder from src_parts where part = 0) else folder end as folder) from src_parts"
+        )
+        connection.execute("create or replace view src_parts as from moved")
+        summary_is_right(within, ask(connection, "summary_within", within.arguments).to_pylist())
+
+
 def test_a_source_that_a_part_counts_with_others_is_counted_from_the_values(tmp_path):
     documents = [Document(f"d{i}", f"s{i:02}", [b"x"] * (1 + (i < 64))) for i in range(70)]
     world = Given(documents=documents, values=[(token, 0, 1.0) for token in range(134)])
@@ -200,3 +277,13 @@ def test_a_source_that_a_part_counts_with_others_is_counted_from_the_values(tmp_
         for source, n in (("s00", 2), ("s69", 1)):
             row = ask(connection, "summary_within", [source]).to_pylist()[0]
             assert (row["n_tokens"], row["density"]) == (n, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("question", "arguments"),
+    [("summary_within", {}), ("histogram_within", {"feature": 1}), ("contrast_within", {"a": "s", "b": "t"})],
+)
+def test_what_is_no_date_is_refused_in_one_plain_sentence(tmp_path, question, arguments):
+    with connect(IN_PARTS.write(tmp_path)) as connection, pytest.raises(UserError) as refused:
+        ask(connection, question, arguments | {"since": "yesterday"})
+    assert str(refused.value) == "since is 'yesterday', but it must be a date such as 1813-01-28"
