@@ -694,7 +694,7 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
     elsewhere |= {"document_tokens", "document_features"}
     elsewhere |= {"annotations", "annotated_tokens"}  # tests/classes
     elsewhere |= {"approximate_coactivation", "approximate_count_where_all", "count_where_all"}  # test_approximation
-    elsewhere |= {"summary_within", "histogram_within", "contrast_within"}  # test_ranges
+    elsewhere |= {"summary_within", "histogram_within", "contrast_within", "coactivation_within"}  # test_ranges
     elsewhere |= {"feature_rules"}  # test_rules counts what its rules say
     elsewhere |= {"effect_contexts", "effects_on_entries", "feature_effects"}  # tests/meaning/test_effects.py
     elsewhere |= {"explanation_scores", "explanation_mistakes"}  # test_explainer

@@ -107,6 +107,9 @@ def test_a_range_is_answered_as_looking_at_each_of_its_tokens_answers(world, dat
                 rows = ask(connection, "histogram_within", {"feature": feature} | about).to_pylist()
                 assert [row["n_tokens"] for row in rows] == [bins[each] for each in sorted(bins)]
                 assert [row["share"] for row in rows] == [bins[each] / bins.total() for each in sorted(bins)]
+                coactivation_is_right(
+                    within, feature, ask(connection, "coactivation_within", {"feature": feature} | about)
+                )
             contrast_is_right(within, connection)
 
 
@@ -138,6 +141,20 @@ def contrast_is_right(within: Range, connection: duckdb.DuckDBPyConnection) -> N
             assert row[f"mean_value_{side}"] == pytest.approx(mean)
 
 
+def coactivation_is_right(within: Range, feature: int, answer: pa.Table) -> None:
+    every = range(within.slow.given.n_features)
+    tokens = {f: {t for t in within.slow.firing(f) if within.holds(t)} for f in every}
+    mine, n = tokens.pop(feature), within.n_encoded
+    both = {other: (len(mine & its), len(mine), len(its)) for other, its in tokens.items() if mine & its}
+    rows = answer.to_pylist()
+    assert {row["other_id"]: (row["n_both"], row["n_feature"], row["n_other"]) for row in rows} == both
+    assert rows == sorted(rows, key=lambda row: (-row["jaccard"], -row["n_both"], row["other_id"]))
+    for row in rows:
+        n_both, n_feature, n_other = both[row["other_id"]]
+        assert row["jaccard"] == n_both / (n_feature + n_other - n_both)
+        assert row["pmi"] == pytest.approx(math.log2(n_both * n / (n_feature * n_other)))
+
+
 PIECES = [b"a", b"b", b"c", b"d"]
 IN_PARTS = Given(
     documents=[
@@ -152,9 +169,9 @@ IN_PARTS = Given(
 """Two documents a part. Part 0 is of 1811, part 1 of 1813, and part 2 of both 1815 and 1811."""
 
 
-def without_values(store: Store, orders: Sequence[str] = ORDERS) -> None:
-    """Overwrite the values in each file, but not the footer, which says what a file holds."""
-    for path in files(store, orders):
+def without_values(store: Store, orders: Sequence[str] = ORDERS, part: str = "") -> None:
+    """Overwrite the values in each file, or each of a part, but not the footer, which says what a file holds."""
+    for path in (path for path in files(store, orders) if part in str(path)):
         content = bytearray(path.read_bytes())
         footer = pq.read_metadata(path).serialized_size + 8
         content[4:-footer] = bytes(len(content) - footer - 4)
@@ -268,6 +285,16 @@ def test_documents_between_those_of_a_range_do_not_count_whichever_part_holds_th
         )
         connection.execute("create or replace view src_parts as from moved")
         summary_is_right(within, ask(connection, "summary_within", within.arguments).to_pylist())
+
+
+def test_pairs_of_a_range_of_parts_are_counted_from_the_values_of_these_parts_alone(tmp_path):
+    store, about = IN_PARTS.write(tmp_path), {"feature": 1, "to_part": 1}
+    with connect(store) as connection:
+        wanted = ask(connection, "coactivation_within", about)
+    coactivation_is_right(Range(Slow(IN_PARTS), {"to_part": 1}), 1, wanted)
+    without_values(store, ["token_major"], part="/000002-")
+    with connect(store, threads=1) as connection:
+        assert ask(connection, "coactivation_within", about) == wanted
 
 
 def test_a_source_that_a_part_counts_with_others_is_counted_from_the_values(tmp_path):
