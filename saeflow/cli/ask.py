@@ -185,11 +185,14 @@ def ask_command(
         values = resolve_names(connection, chosen, values)
         if show_sql and not whole:
             return _write_text(as_statement(connection, chosen, values, limit), output)
-        if not exact and reply.is_table_on_screen and (estimate := estimate_of(connection, chosen, values)):
-            print_note(_ESTIMATE)
-            reply.write(lambda most: ask(connection, *estimate, most, run=current), None)
-            print_note("The exact answer:")
         readings = supply(opened, current, connection, chosen, values)
+        estimate = None
+        if not exact and reply.is_table_on_screen:
+            estimate = estimate_of(connection, chosen, values, readings)
+        if estimate:
+            print_note(_ESTIMATE)
+            reply.write(lambda most: ask(connection, *estimate, most, readings, current), None if "n" in given else 20)
+            print_note("The exact answer:")
 
         def find(most: int | None) -> pa.Table:
             table = ask(connection, question, values, most, readings, current)

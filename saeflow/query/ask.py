@@ -37,7 +37,7 @@ DEEPEST_SQL = 200
 """Most brackets inside brackets. The parser's time grows faster than the square of their number."""
 
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
-_ABOUT_SOURCES = {"compare_sources", "source_contrast", "contrast_within"}
+_ABOUT_SOURCES = {"compare_sources", "source_contrast", "contrast_within", "approximate_contrast_within"}
 _ABOUT_RUNS = {"compare_runs", "correlate_runs", "split_features"}
 _SOURCES = ("stg_documents", "stg_document_places")
 _READ_TO_RESOLVE = {

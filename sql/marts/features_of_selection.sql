@@ -1,7 +1,7 @@
 -- What tells some tokens from the rest: five examples, the documents of a query, or a million tokens.
 --
 -- Grain:   one row per feature that fires on a chosen token, the largest score first; ties by feature; at most n.
--- Reads:   stg_tokens_encoded, stg_token_major, stg_feature_stats, stg_size, feature_names, share_low, share_high
+-- Reads:   stg_tokens_encoded, stg_token_major, stg_feature_stats, stg_size, feature_names, telling_bits
 -- Units:   sql is a select that gives token_id, document_id or key (of documents); saeflow runs it in the shell and in
 --          Python. Elsewhere give tokens. Chosen tokens that were not encoded do not count. n_tokens counts the chosen
 --          tokens at which the feature fires and share is their share; n_rest and rest_share are those of all other
@@ -56,8 +56,7 @@ select
     n_rest / nullif(n_others, 0)                                 as rest_share,
     (n_tokens / n_mine) / nullif(n_rest / nullif(n_others, 0), 0) as lift,
     mean_value,
-    share_low(n_tokens, n_mine)
-        * log2(share_low(n_tokens, n_mine) / share_high(n_rest, n_others)) as score
+    telling_bits(n_tokens, n_mine, n_rest, n_others)          as score
 from shares
 left join feature_names using (feature_id)
 order by score desc, feature_id

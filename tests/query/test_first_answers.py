@@ -694,6 +694,8 @@ def test_every_question_has_a_slow_answer_to_be_compared_with():
     elsewhere |= {"document_tokens", "document_features"}
     elsewhere |= {"annotations", "annotated_tokens"}  # tests/classes
     elsewhere |= {"approximate_coactivation", "approximate_count_where_all", "count_where_all"}  # test_approximation
+    elsewhere |= {f"approximate_{name}" for name in ("contrast_within", "features_by_role", "features_on")}
+    elsewhere |= {"approximate_features_of_selection"}  # test_estimates
     elsewhere |= {"summary_within", "histogram_within", "contrast_within", "coactivation_within"}  # test_ranges
     elsewhere |= {"feature_rules"}  # test_rules counts what its rules say
     elsewhere |= {"effect_contexts", "effects_on_entries", "feature_effects"}  # tests/meaning/test_effects.py

@@ -1,0 +1,8 @@
+-- How many standard errors the ends of a 95% interval are away, if the error was estimated from n documents.
+--
+-- Grain:   scalar.
+-- Reads:   nothing
+-- Units:   Student's t with n - 1 degrees of freedom, to 2% from 4 documents on; null of a single document.
+-- Ask it:  select t_quantile(30)  -- 2.0417793103448274
+create or replace macro t_quantile(n) as
+case when (n) > 1 then 1.96 * ((n) - 1 + 1.21) / ((n) - 1) end;
