@@ -1,8 +1,8 @@
 -- How alike the values of features of one run are to those of features of another: their correlation over all tokens.
 --
 -- Grain:   one row per pair of the lists, in their order.
--- Reads:   stg_runs, stg_feature_major (only the row groups of these features) and stg_tokens_encoded of all runs side by
---          side, jaccard_index
+-- Reads:   stg_runs, stg_feature_major (only the row groups of these features) and stg_tokens_encoded of all runs side
+--          by side, jaccard_index
 -- Units:   a and b are schema names from the view runs; both runs must be of the same tokens. The first of features is
 --          paired with the first of matches, and so on. n_a and n_b count the tokens at which each fires, n_both those
 --          at which both do, of the n_all tokens that both runs encoded. correlation is Pearson's over the n_all

@@ -2,8 +2,8 @@
 --
 -- Grain:   one row per feature of the other run that fires mainly where the feature fires, the largest share first;
 --          ties by feature; at most n.
--- Reads:   stg_feature_major, stg_tokens_encoded, stg_runs; stg_feature_major, stg_token_major and stg_tokens_encoded of
---          all runs side by side; jaccard_index
+-- Reads:   stg_feature_major, stg_tokens_encoded, stg_runs; stg_feature_major, stg_token_major and stg_tokens_encoded
+--          of all runs side by side; jaccard_index
 -- Units:   other_run is a schema name of the view runs; both runs must be of the same tokens. Tokens that both runs
 --          encoded are counted, exactly: n_feature and n_other those at which each fires, n_both those at which both
 --          do. share_inside = n_both / n_other, at least min_inside; share_of_feature = n_both / n_feature. covered is
