@@ -38,6 +38,7 @@ from saeflow.features.schema import (
     TOP_VOCAB,
     covered,
     has_every_table,
+    indices_held,
     is_of_now,
     stands_for,
 )
@@ -100,7 +101,7 @@ class PartMerger:
         self.statistics = PartStatistics(self.n_features)
         self.sample = SampleWriter(self.folder, self.n_features)
         self.parts = list({part.folder: part for part in self.taken.values()}.values())
-        self.whole = all(self.taken.get(index) is part for part in self.parts for index in covered(part))
+        self.whole = all(self.taken.get(index) is part for part in self.parts for index in indices_held(part))
         changes = sum(a is not b for a, b in itertools.pairwise(self.taken.values()))
         self.interleaved = changes >= len(self.parts)
         self.file_values = self.settings.file_values(sum(part.counts["n_values"] for part in self.parts))
@@ -248,19 +249,24 @@ def part_of_each(target: Artefact, inputs: Mapping[int, dict[str, str]]) -> dict
     Activation parts without one are left out. Parts of format 1 do not say what they were made from; merged ones say
     that it was nothing.
     """
-    wanted = {
-        index: {stands_for(each)} if each.get("hidden") else {stands_for(each), stands_for({})}
-        for index, each in inputs.items()
-    }
+    unsaid = stands_for({})
 
-    def valid_indices(part: PartRecord) -> list[int]:
+    def follows(index: int, digest: str) -> bool:
+        wanted = inputs.get(index)
+        return wanted is not None and (digest == stands_for(wanted) or (digest == unsaid and not wanted.get("hidden")))
+
+    valid: dict[str, list[int]] = {}
+
+    def has_valid(part: PartRecord) -> bool:
         if part.index < FIRST_INDEX:
-            return [part.index] if part.index in inputs and part.made_from(inputs[part.index]) else []
-        return [index for index, digest in covered(part).items() if digest in wanted.get(index, ())]
+            valid[part.folder] = [part.index] if part.index in inputs and part.made_from(inputs[part.index]) else []
+        else:
+            valid[part.folder] = [index for index, digest in covered(part).items() if follows(index, digest)]
+        return bool(valid[part.folder])
 
     found: dict[int, PartRecord] = {}
-    for part in target.parts(lambda part: bool(valid_indices(part))).values():
-        for index in valid_indices(part):
+    for part in target.parts(has_valid).values():
+        for index in valid[part.folder]:
             found.setdefault(index, part)
     return found
 
@@ -288,7 +294,8 @@ def plan_merges(
     groups: list[list[PartRecord]] = [[]]
     n_values = first = last = 0
     for part in by_first_activation_part(parts):
-        begin, end = min(spans[i][0] for i in covered(part)), max(spans[i][1] for i in covered(part))
+        held = [spans[index] for index in indices_held(part)]
+        begin, end = min(first for first, _ in held), max(last for _, last in held)
         n_values, last = n_values + part.counts["n_values"], max(last, end)
         if groups[-1] and (n_values > settings.most_values or last - first >= settings.most_tokens):
             groups.append([])
@@ -307,7 +314,7 @@ def group_between(parts: Sequence[PartRecord], first: str, last: str) -> list[Pa
 
 def by_first_activation_part(parts: Sequence[PartRecord]) -> list[PartRecord]:
     """Return parts in the order of the corpus: each by the first activation part that it holds."""
-    return sorted(parts, key=lambda part: min(covered(part)))
+    return sorted(parts, key=lambda part: min(indices_held(part)))
 
 
 def merge_whole_parts(
@@ -315,7 +322,7 @@ def merge_whole_parts(
     settings: MergeSettings = USUAL_MERGE,
 ) -> PartRecord:  # fmt: skip
     """Write all values of these parts as one part."""
-    return _merge(target, selection, {index: part for part in parts for index in covered(part)}, settings, bar)
+    return _merge(target, selection, {index: part for part in parts for index in indices_held(part)}, settings, bar)
 
 
 def parts_to_show(
@@ -332,7 +339,7 @@ def parts_to_show(
     shown = []
     for taken in owned.values():
         part = next(iter(taken.values()))
-        whole = taken.keys() == covered(part).keys()
+        whole = taken.keys() == set(indices_held(part))
         shown.append(part if whole else _merge(target, selection, taken, settings))
     return shown
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from saeflow.features.compaction import USUAL_MERGE, MergeSettings, by_first_activation_part
-from saeflow.features.schema import covered, is_of_now
+from saeflow.features.schema import indices_held, is_of_now
 from saeflow.store.records import PartRecord
 
 AFTER_APPEND = MergeSettings(most_values=200_000_000, most_at_once=200_000_000)
@@ -39,7 +39,7 @@ class Group:
 
     @classmethod
     def of(cls, part: PartRecord, spans: Mapping[int, tuple[int, int]]) -> Group:
-        held = [spans[index] for index in covered(part)]
+        held = [spans[index] for index in indices_held(part)]
         ends = min(first for first, _ in held), max(last for _, last in held)
         return cls((part,), len(held), part.counts["n_values"], *ends)
 

@@ -144,6 +144,11 @@ FIRST_INDEX = 10_000_000
 """The index of a compacted part is that of its first activation part plus this number."""
 
 
+def indices_held(part: PartRecord) -> list[int]:
+    """Return the index of each activation part whose values a part holds."""
+    return [part.index] if part.index < FIRST_INDEX else [int(index) for index in part.inputs]
+
+
 def covered(part: PartRecord) -> dict[int, str]:
     """Return the index of each activation part whose values a part holds, with a digest of its inputs."""
     if part.index < FIRST_INDEX:

@@ -30,7 +30,7 @@ from saeflow.runtime.threads import keep_freed_memory
 from saeflow.sae.formats.source import with_sites_of_source
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import read_json
-from saeflow.store.records import PartRecord, damaged
+from saeflow.store.records import PartRecord, damaged, no_collection
 from saeflow.store.store import Store
 
 
@@ -129,8 +129,9 @@ def run(lineage: Lineage, progress: Progress, through: Through = directly, besid
     lineage.selection()  # before anybody is waited for: refuses positions and entries that there are not
     with target.writing():
         wanted = lineage.tokens.published().parts
-        inputs = {part.index: {"tokens": part.folder} for part in wanted}
-        done = target.parts_from(inputs)
+        with no_collection():
+            inputs = {part.index: {"tokens": part.folder} for part in wanted}
+            done = target.parts_from(inputs)
         missing = [part for part in wanted if part.index not in done]
 
         def show(made: dict[int, PartRecord]) -> None:
@@ -204,7 +205,7 @@ def _collect_work(
 
 def skipped(target: Artefact, parts: Collection[PartRecord], progress: Progress) -> None:
     """Report that all activations are stored, in these parts."""
-    n_tokens, n_bytes = sum(p.counts["n_tokens"] for p in parts), sum(p.n_bytes for p in parts)
+    n_tokens, n_bytes = sum(p.count("n_tokens") for p in parts), sum(p.n_bytes for p in parts)
     how = f"{n_bytes / 1e9:.2f} GB" if is_kept(target) else "not kept"
     progress.skip("activations", f"{n_tokens:,} tokens, {how}")
 

@@ -15,7 +15,7 @@ from saeflow.features import compaction, run_tables
 from saeflow.features.compaction import MergeSettings
 from saeflow.features.left_out import left_out_in_words
 from saeflow.features.part_encoder import PartEncoder, encode_together, part_inputs
-from saeflow.features.schema import covered, stands_for
+from saeflow.features.schema import covered, indices_held, stands_for
 from saeflow.pipeline.collect import open_forward
 from saeflow.pipeline.dask.clusters import kept_open, make_parts
 from saeflow.pipeline.lineage import Ancestors, Lineage, grouped, last_log_row
@@ -28,7 +28,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Progress
 from saeflow.sae.formats.load import load_sae
 from saeflow.store.artefact import Artefact, writing_all
-from saeflow.store.records import PartRecord
+from saeflow.store.records import PartRecord, no_collection
 from saeflow.store.store import Store
 
 _BYTES_PER_NONZERO = 8
@@ -126,8 +126,9 @@ def run_together(lineages: Sequence[Lineage], progress: Progress, through: Throu
     with writing_all(targets):
         wanted = first.activations.published().parts
         used = first.selection()
-        inputs = {part.index: part_inputs(used, part) for part in wanted}
-        held = {target: compaction.part_of_each(target, inputs) for target in targets}
+        with no_collection():
+            inputs = {part.index: part_inputs(used, part) for part in wanted}
+            held = {target: compaction.part_of_each(target, inputs) for target in targets}
         lacking = {target: inputs.keys() - held[target].keys() for target in targets}
         missing = [sum(part.counts["n_tokens"] for part in wanted if part.index in left) for left in lacking.values()]
         _require_disk(store, [(_trained(lineage), n) for lineage, n in zip(lineages, missing, strict=True) if n])
@@ -155,7 +156,7 @@ def shows_only(target: Artefact, held: Mapping[int, PartRecord]) -> bool:
     generation = target.generation()
     parts = {part.folder: part for part in held.values()}
     shown = {part.folder for part in generation.parts} if generation else None
-    return shown == parts.keys() and sum(len(covered(part)) for part in parts.values()) == len(held)
+    return shown == parts.keys() and sum(len(indices_held(part)) for part in parts.values()) == len(held)
 
 
 def _encode(
@@ -227,7 +228,7 @@ def publish(
     """
     sizes = MergeSettings(recipe.threads if recipe else 0)
     generation, parts = target.generation(), compaction.parts_to_show(target, used, inputs, sizes)
-    if lost := inputs.keys() - {index for part in parts for index in covered(part)}:
+    if lost := inputs.keys() - {index for part in parts for index in indices_held(part)}:
         raise UserError(f"Part {min(lost)} of {target.id} is gone since it was encoded. Run the same command again.")
     known = {part.folder for part in generation.parts} if generation else set()
     fresh = [part for part in parts if part.folder not in known]
@@ -264,7 +265,7 @@ def refresh(
     run = Ancestors(store, target)
     with target.writing():
         used = run.selection()
-        known = {index for part in target.published().parts for index in covered(part)}
+        known = {index for part in target.published().parts for index in indices_held(part)}
         wanted = [part for part in run.activations.published().parts if grow or part.index in known]
         inputs = {part.index: part_inputs(used, part) for part in wanted}
         stale = inputs.keys() - compaction.part_of_each(target, inputs)

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 from saeflow.corpus.selection import TokenSelection
 from saeflow.corpus.token_parts import has_marks
 from saeflow.features import beside
-from saeflow.features.schema import ORDERS, covered, has_every_table, has_sample, hidden_digest_of, token_ranges
+from saeflow.features.schema import (
+    ORDERS,
+    covered,
+    has_every_table,
+    has_sample,
+    hidden_digest_of,
+    indices_held,
+    token_ranges,
+)
 from saeflow.query import run_records
 from saeflow.query.files.by_table import files_by_table
 from saeflow.query.files.chosen import FileRanges
@@ -190,7 +198,7 @@ def run_of_parts(store: Store, artefact: Artefact, parts: Sequence[PartRecord]) 
     """Return a run made of these parts alone, published or not, and of their tokens. Raises Damaged."""
     tokens = store.input_of(artefact, "tokens")
     generation = tokens.published()
-    known = {index for part in parts for index in covered(part)}
+    known = {index for part in parts for index in indices_held(part)}
     token_parts = [part for part in generation.parts if part.index in known]
     for owner, each in [(artefact, parts), (tokens, token_parts)]:
         for problem in (found for part in each for found in owner.missing_files(owner.part_path(part), part.files)):
@@ -300,7 +308,7 @@ def _shown_parts(artefact: Artefact, tokens: Generation) -> list[PartRecord]:
     """Return the run's parts, without those whose values all predate the removal of a document they hold."""
     every = artefact.published().parts
     stale = {part.folder: _stale(part, tokens) for part in every}
-    shown = [part for part in every if len(stale[part.folder]) < len(covered(part))]
+    shown = [part for part in every if len(stale[part.folder]) < len(indices_held(part))]
     n_stale = sum(map(len, stale.values()))
     if n_stale:
         log.warning(

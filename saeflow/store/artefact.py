@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import xxhash
@@ -22,7 +22,7 @@ from saeflow.runtime.errors import UserError
 from saeflow.store.files import checksum, flush_tree, make_folder, replacing
 from saeflow.store.lease import Hold, hold_lease
 from saeflow.store.links import remove
-from saeflow.store.lists import generation_table, read_generation
+from saeflow.store.lists import Layout, generation_table, read_generation
 from saeflow.store.parts import Parts
 from saeflow.store.records import (
     ArtefactRecord,
@@ -165,7 +165,7 @@ class Publication(Parts):
         """Write a list from the records of the parts, if the bytes come out as the manifest says."""
         parts = {part.index: part for part in self.unlisted_parts(None)}
         found = Generation(number, tuple(parts[i] for i in sorted(parts)))
-        lists = [_list_bytes(found, with_about) for with_about in (True, False)]  # False: of an earlier saeflow
+        lists = (_list_bytes(found, layout) for layout in get_args(Layout))
         content = next((each for each in lists if xxhash.xxh3_128_hexdigest(each) == wanted), None)
         if content is None:
             raise damaged(self.list_path(number))
@@ -174,9 +174,9 @@ class Publication(Parts):
         self.storage.send(self.list_path(number))
 
 
-def _list_bytes(generation: Generation, with_about: bool) -> bytes:
+def _list_bytes(generation: Generation, layout: Layout) -> bytes:
     content = io.BytesIO()
-    pq.write_table(generation_table(generation, with_about), content)
+    pq.write_table(generation_table(generation, layout), content)
     return content.getvalue()
 
 

@@ -74,11 +74,11 @@ def map_lookups(look: Callable[[list[Item]], list[Result]], items: Iterable[Item
         yield from look(first)
         return
     chunks = itertools.chain([first], iter(lambda: list(itertools.islice(left, MANY)), []))
-    with ThreadPoolExecutor(_LOOKERS, "saeflow-look") as pool:
+    with ThreadPoolExecutor(LOOKERS, "saeflow-look") as pool:
         yield from itertools.chain.from_iterable(pool.map(look, chunks))
 
 
-_LOOKERS, MANY = 8, 500
+LOOKERS, MANY = 8, 500
 
 
 def checksum(path: Path) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -224,21 +224,22 @@ class Parts(Identity):
     def parts(self, fits: Callable[[PartRecord], bool] = lambda record: True) -> dict[int, PartRecord]:
         """Return the finished parts that fit and whose files are there in their full size; published ones first."""
         generation = self.generation()
-        found: dict[int, PartRecord] = {}
         every = itertools.chain(generation.parts if generation else (), self.unlisted_parts(generation))
-        for record in map_lookups(self._whole, filter(fits, every)):
-            if record is not None:
-                found.setdefault(record.index, record)
+        found: dict[int, PartRecord] = {}
+        for record in self._whole(list(filter(fits, every))):
+            found.setdefault(record.index, record)
         return found
 
     def parts_from(self, inputs: Mapping[int, dict[str, str]]) -> dict[int, PartRecord]:
         """Return the finished parts that were made from these inputs, by index."""
         return self.parts(lambda part: part.index in inputs and part.made_from(inputs[part.index]))
 
-    def _whole(self, parts: list[PartRecord]) -> list[PartRecord | None]:
-        """Return those of these parts whose files are there in their full size; None in the place of others."""
+    def _whole(self, parts: Sequence[PartRecord]) -> Iterator[PartRecord]:
+        """Yield those of these parts whose files are there in their full size."""
         sure = self.storage.confirmed(f"{self.path}/parts", parts)
-        return [part if known or self._is_whole(part) else None for part, known in zip(parts, sure, strict=True)]
+        doubtful = (part for part, known in zip(parts, sure, strict=True) if not known)
+        found = map_lookups(lambda some: list(map(self._is_whole, some)), doubtful)
+        return (part for part, known in zip(parts, sure, strict=True) if known or next(found))
 
     def _is_whole(self, part: PartRecord) -> bool:
         names, wanted = part.names_and_sizes

@@ -92,6 +92,10 @@ class PartRecord:
         """The names of the part's files, and the bytes of each."""
         return tuple(file.name for file in self.files), [file.n_bytes for file in self.files]
 
+    def is_written_as(self, content: bytes | memoryview) -> bool:
+        """True if this is the content of part.json."""
+        return content == self.text.encode()
+
     @property
     def about(self) -> dict[str, Any]:
         """What the record says beside its files."""
@@ -108,13 +112,9 @@ class PartRecord:
     @property
     def text(self) -> str:
         """What part.json holds: `checked_text` of the record, without Python's own slow indenting."""
-        return self.text_with(self.files)
-
-    def text_with(self, files: list[FileRecord]) -> str:
-        """Return `text`, of a record whose files were read already."""
         about = {
             "counts": dict(sorted(self.counts.items())),
-            "files": [{"checksum": f.checksum, "n_bytes": f.n_bytes, "name": f.name} for f in files],
+            "files": [{"checksum": f.checksum, "n_bytes": f.n_bytes, "name": f.name} for f in self.files],
             "format_version": self.format_version,
             "index": self.index,
             "inputs": dict(sorted(self.inputs.items())),
@@ -125,6 +125,10 @@ class PartRecord:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PartRecord) and self.about == other.about and self.files == other.files
+
+    def count(self, name: str) -> int:
+        """Return one of the counts; 0 if the part has none of this name."""
+        return self.counts.get(name, 0)
 
     def made_from(self, inputs: dict[str, str]) -> bool:
         """Is the part what these inputs give? Format 1 did not say; its parts follow from their index."""
@@ -214,7 +218,9 @@ class Generation:
 
     def hidden_digest(self, index: int) -> str:
         """Stands for what is hidden in a part; empty where nothing is."""
-        ids = sorted(document.document_id for document in self.hidden.get(index, ()))
+        if index not in self.hidden:
+            return ""
+        ids = sorted(document.document_id for document in self.hidden[index])
         return xxhash.xxh3_64_hexdigest(json.dumps(ids).encode())[:8] if ids else ""
 
     @property
@@ -222,7 +228,7 @@ class Generation:
         return sorted(document.document_id for each in self.hidden.values() for document in each)
 
     def total(self, count: str) -> int:
-        return sum(part.counts.get(count, 0) for part in self.parts)
+        return sum(part.count(count) for part in self.parts)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import fnmatch
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -143,19 +143,23 @@ def find_damage(artefact: Artefact, full: bool, share: tuple[int, int] | None = 
     with contextlib.suppress(Damaged, Unreadable, OSError):  # said above
         generation = artefact.generation()
         parts = generation.parts if generation else ()
-        reads = full or share is not None
+        read = {part.folder for part in parts if full or _falls_into(share, part.folder)}
+        yield from _find_missing(artefact, [part for part in parts if part.folder not in read])
+        for part in (part for part in parts if part.folder in read):
+            yield from list(_noted(artefact, part, _part_problems(artefact, with_files(part), True)))
 
-        def problems(part: PartRecord, has_files: bool = False) -> Iterable[Damage]:
-            found = _part_problems(artefact, part, full or _falls_into(share, part.folder), has_files)
-            return list(_noted(artefact, part, found))
 
-        def problems_of_many(some: list[PartRecord]) -> list[Iterable[Damage]]:
-            held = [with_files(part) for part in some]
-            return list(map(problems, held, artefact.storage.confirmed(f"{artefact.path}/parts", held)))
+def _find_missing(artefact: Artefact, parts: Sequence[PartRecord]) -> Iterator[Damage]:
+    """Yield what is missing or of another size in these parts, and records that are others."""
+    folder = f"{artefact.path}/parts"
+    looked = zip(parts, artefact.storage.confirmed(folder, parts), artefact.storage.written(folder, parts), strict=True)
 
-        yield from itertools.chain.from_iterable(
-            map(problems, parts) if reads else map_lookups(problems_of_many, parts)
-        )
+    def problems(some: list[tuple[PartRecord, bool, bool]]) -> list[Iterable[Damage]]:
+        found = ((part, _part_problems(artefact, with_files(part), False, known)) for part, known, _ in some)
+        return [list(_noted(artefact, part, each)) for part, each in found]
+
+    doubtful = (each for each in looked if not (each[1] and each[2]))
+    yield from itertools.chain.from_iterable(map_lookups(problems, doubtful))
 
 
 def _noted(artefact: Artefact, part: PartRecord | None, problems: Iterator[str]) -> Iterator[Damage]:
@@ -194,10 +198,11 @@ def _part_problems(artefact: Artefact, part: PartRecord, full: bool, has_files: 
         return
     try:
         artefact.storage.fetch(folder / "part.json", fresh=True) if artefact.storage.asks_a_server else None
+        record = folder / "part.json"
         # nearly always its bytes are equal, and need not be read as JSON
-        is_equal = read_in(str(folder), "part.json") == part.text_with(files).encode()
-        if not is_equal and not _is_record_of(part, read_record(folder / "part.json", PartRecord)):
-            yield f"{folder / 'part.json'} is not the record that was published"
+        is_equal = part.is_written_as(read_in(str(folder), "part.json"))
+        if not is_equal and not _is_record_of(part, read_record(record, PartRecord)):
+            yield f"{record} is not the record that was published"
     except (Damaged, FileNotFoundError):
         yield f"{folder / 'part.json'} is missing or damaged"
 

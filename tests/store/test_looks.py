@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from saeflow.store import files, links
+from saeflow.store import files, links, looks
 from saeflow.store.artefact import Artefact
+from saeflow.store.lists import with_files
 from saeflow.store.storage import folder as folders
 from saeflow.store.store import Store
 from saeflow.store.verify import find_damage
@@ -117,3 +121,60 @@ def test_a_look_at_many_confirms_only_what_is_as_recorded(artefact, harm: Callab
     harm(artefact.part_path(parts[4]))
     assert artefact.storage.confirmed(folder, parts) == [index != 4 for index in range(N)]
     assert artefact.storage.confirmed(folder, []) == []
+
+
+STEP = st.text("aé", min_size=1, max_size=2)
+PATHS = st.lists(st.lists(STEP, min_size=1, max_size=4).map("/".join), max_size=6, unique=True)
+
+
+def files_and_folders(names: list[str]) -> list[str]:
+    """Return those names that can be files beside one another: none is a folder of another."""
+    return [name for name in names if not any(other.startswith(f"{name}/") for other in names)]
+
+
+def harmed(at: Path, elsewhere: Path, harm: str) -> None:
+    at.rename(elsewhere)
+    if harm == "link":
+        at.symlink_to(elsewhere)
+    elif harm == "file":
+        at.write_bytes(b"longer than any file of the part")
+    elif harm == "folder":
+        at.mkdir()
+
+
+@given(names=PATHS.map(files_and_folders), data=st.data())
+def test_a_look_at_many_finds_what_a_look_at_one_finds(names, data, tmp_path_factory):
+    """Also if names share folders, or come in an order in which others lie between them."""
+    root = tmp_path_factory.mktemp("looks")
+    made = Store.create(root / "store").artefact("tokens", "small", "0123abcd")
+    made.create({})
+    for index in range(2):
+        with made.new_part(index, {}) as folder:
+            for name in names:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_bytes(name.encode())
+    made.publish(made.parts().values())
+    parts = [part for _, part in sorted(made.parts().items())]
+    shuffled = [replace(with_files(part), files=data.draw(st.permutations(part.files))) for part in parts]
+    for part, old in zip(shuffled, parts, strict=True):
+        part.__dict__["folder"] = old.folder
+    inside = [*names, *links.folders_of(tuple(names)), "part.json"]
+    at, harm = (
+        data.draw(st.sampled_from(inside)),
+        data.draw(st.sampled_from(["none", "gone", "link", "file", "folder"])),
+    )
+    if harm != "none":
+        harmed(made.part_path(parts[1]) / at, root / "elsewhere", harm)
+    for some in (parts, shuffled, [*parts, *shuffled]):
+        expected = [made._is_whole(part) for part in some]
+        assert looks.confirmed(f"{made.path}/parts", some) == expected
+    assert looks.written(f"{made.path}/parts", parts) == [True, at != "part.json" or harm == "none"]
+
+
+def test_records_too_long_for_the_room_are_left_to_whoever_wants_to_know(artefact, monkeypatch):
+    folder, parts = f"{artefact.path}/parts", artefact.published().parts
+    assert looks.written(folder, parts) == [True] * N
+    monkeypatch.setattr(looks, "_CONTENT_BYTES", 2 * len(parts[0].text) + 10)
+    assert looks.written(folder, parts) == [True, True] + [False] * (N - 2)
+    assert list(find_damage(artefact, full=False)) == []
+    assert looks.written(folder, []) == []

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
@@ -97,6 +98,10 @@ class Storage(ABC):
         """Return True for parts below a folder that are there with their files; False for those to be looked at."""
         return [False] * len(parts)
 
+    def written(self, folder: str, parts: Sequence[PartRecord]) -> list[bool]:
+        """Return True for parts below a folder whose records have the bytes that were written, as `confirmed` does."""
+        return [False] * len(parts)
+
     @abstractmethod
     def checksum(self, path: Path) -> str:
         """Return the xxh3_128 of a file as it is stored now."""
@@ -116,7 +121,7 @@ class Storage(ABC):
     def names_here(self, folder: Path) -> set[str]:
         """Return the names right below a folder of this machine; none if it is missing. Raises OSError if refused."""
         try:
-            return {entry.name for entry in os.scandir(unlinked(folder))}
+            return set(os.listdir(unlinked(folder)))
         except (FileNotFoundError, NotADirectoryError):
             return set()
 
@@ -274,11 +279,13 @@ class Folder(Storage):
         return sizes_below(folder, names)
 
     def confirmed(self, folder: str, parts: Sequence[PartRecord]) -> list[bool]:
-        if len(parts) < MANY or not is_folder(folder):
-            return super().confirmed(folder, parts)
-        from saeflow.store import looks  # takes half a second: only where there are many parts
+        return _looks().confirmed(folder, parts) if self._are_many(folder, parts) else super().confirmed(folder, parts)
 
-        return looks.confirmed(folder, parts) if looks.HAS_STATX else super().confirmed(folder, parts)
+    def written(self, folder: str, parts: Sequence[PartRecord]) -> list[bool]:
+        return _looks().written(folder, parts) if self._are_many(folder, parts) else super().written(folder, parts)
+
+    def _are_many(self, folder: str, parts: Sequence[PartRecord]) -> bool:
+        return len(parts) >= MANY and is_folder(folder) and _looks().HAS_STATX
 
     def checksum(self, path: Path) -> str:
         return checksum(path)
@@ -343,3 +350,9 @@ class Folder(Storage):
 
     def new_slot(self, path: Path) -> Slot:
         return FileSlot(path)
+
+
+def _looks() -> ModuleType:
+    from saeflow.store import looks  # takes half a second: only where there are many parts
+
+    return looks
