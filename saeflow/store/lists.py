@@ -114,10 +114,12 @@ class OpenList:
         self.folders: list[str] = _folders(opened).tolist()
         self.indices, self.n_bytes, self.format_versions = _integers(opened)
 
-    def rows(self, rows: Sequence[int]) -> pa.Table:
-        """Return some rows, but not what is hidden in them. Raises Damaged."""
+    def rows(self, rows: list[int]) -> pa.Table:
+        """Return some rows, at least one, but not what is hidden in them. Raises Damaged."""
         table = pa.table([self._column(name) for name in _SCHEMA.names], schema=_SCHEMA)
-        return table.take(np.asarray(rows, np.int64))
+        first = rows[0]
+        are_neighbours = rows == list(range(first, first + len(rows)))
+        return table.slice(first, len(rows)) if are_neighbours else table.take(np.asarray(rows, np.int64))
 
     def _column(self, name: str) -> Any:
         """Raises Damaged."""
@@ -301,11 +303,11 @@ def generation_table(generation: Generation, layout: Layout = "columns") -> pa.T
 
 def _columns_of(parts: Sequence[PartRecord]) -> pa.Table:
     """Rows of lists that are open already are taken as they are."""
-    tables, places = [_SCHEMA.empty_table()], list[int]()
+    tables, places = list[pa.Table](), list[int]()
     for source, found, rows in by_list(parts):
         tables.append(source.rows(rows) if source else _new_rows([parts[place] for place in found]))
         places += found
-    table = pa.concat_tables(tables)
+    table = pa.concat_tables(tables) if tables else _SCHEMA.empty_table()
     return (table if places == sorted(places) else table.take(np.argsort(places))).cast(_SCHEMA).combine_chunks()
 
 
