@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,11 +42,8 @@ _FOLDER = r"\A[0-9]{6,}-[0-9a-f]{8}\z"  # what parts are called
 _NOT_A_LIST = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)  # of a table that is none
 
 
-def _required(name: str, type: pa.DataType) -> pa.Field:
-    return pa.field(name, type, nullable=False)
-
-
 _AT_FIRST = ["part_index", "folder", "n_bytes", "format_version"]
+_required = partial(pa.field, nullable=False)
 _SCHEMA = pa.schema(
     [
         _required("part_index", pa.int64()),
@@ -112,7 +109,9 @@ class OpenList:
         self._columns: dict[str, Any] = {}
         opened = file.read(columns=_AT_FIRST)
         self.folders: list[str] = _folders(opened).tolist()
-        self.indices, self.n_bytes, self.format_versions = _integers(opened)
+        self.indices: list[int] = opened.column("part_index").to_pylist()
+        self.n_bytes: list[int] = opened.column("n_bytes").to_pylist()
+        self.format_versions: list[int] = opened.column("format_version").to_pylist()
 
     def rows(self, rows: list[int]) -> pa.Table:
         """Return some rows, at least one, but not what is hidden in them. Raises Damaged."""
@@ -147,13 +146,9 @@ class OpenList:
         except ValueError as error:
             raise damaged(self._path, error) from error
 
-    @cached_property
-    def _sums(self) -> list[int]:
-        return list(self._column("sum").to_pylist())
-
     def says(self, row: int, content: bytes | memoryview) -> bool:
         """True if this is the content of a part's record, and the list has what was written into it about the part."""
-        return _sum(content, self._column("record")[row].as_buffer()) == self._sums[row]
+        return bool(_sum(content, self._column("record")[row].as_buffer()) == self._column("sum")[row].as_py())
 
     def record(self, row: int) -> str:
         return str(self._column("record")[row])
@@ -169,10 +164,6 @@ class OpenList:
         if len(names) == len(sizes) and _stay_inside(tuple(names)) and all(size >= 0 for size in sizes):
             return tuple(names), sizes
         raise damaged(self._path, ValueError("a file's name or size is none"))
-
-
-def _integers(opened: pa.Table) -> list[list[int]]:
-    return [opened.column(name).to_pylist() for name in ("part_index", "n_bytes", "format_version")]
 
 
 class _Maps:
@@ -314,7 +305,7 @@ def _columns_of(parts: Sequence[PartRecord]) -> pa.Table:
 def _new_rows(parts: Sequence[PartRecord]) -> pa.Table:
     records = list(map(_record_of, parts))
     files = [part.names_and_sizes for part in parts]
-    columns = {
+    return pa.table({
         "part_index": [part.index for part in parts],
         "folder": [part.folder for part in parts],
         "n_bytes": [part.n_bytes for part in parts],
@@ -325,21 +316,18 @@ def _new_rows(parts: Sequence[PartRecord]) -> pa.Table:
         "sizes": [sizes for _, sizes in files],
         "sum": [_sum(part.text.encode(), record.encode()) for part, record in zip(parts, records, strict=True)],
         "record": records,
-    }
-    return pa.table(columns, schema=_SCHEMA)
+    }, schema=_SCHEMA)  # fmt: skip
 
 
 def _records_of(parts: Sequence[PartRecord], layout: Layout) -> pa.Table:
-    about = [to_json(part.about).decode() for part in parts] if layout == "about" else None
-    return pa.table(
-        {
-            "part_index": [part.index for part in parts],
-            "folder": [part.folder for part in parts],
-            "n_bytes": pa.array([part.n_bytes for part in parts], pa.int64()),
-            **({} if about is None else {"about": pa.array(about, pa.string())}),
-            "record": list(map(_record_of, parts)),
-        }
-    )
+    about = {"about": pa.array([to_json(part.about).decode() for part in parts], pa.string())}
+    return pa.table({
+        "part_index": [part.index for part in parts],
+        "folder": [part.folder for part in parts],
+        "n_bytes": pa.array([part.n_bytes for part in parts], pa.int64()),
+        **(about if layout == "about" else {}),
+        "record": list(map(_record_of, parts)),
+    })  # fmt: skip
 
 
 def _record_of(part: PartRecord) -> str:
