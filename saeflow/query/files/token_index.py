@@ -130,14 +130,14 @@ class TokenIndex:
         ascending = token_ids if order is None else token_ids[order]
         found, lacks = np.zeros(len(ascending), np.int32), np.ones(len(ascending), bool)
         starts, stops = np.searchsorted(ascending, self._firsts), np.searchsorted(ascending, self._ends)
+        places = np.flatnonzero(starts < stops)
 
-        def read(place: int) -> None:
-            here = slice(starts[place], stops[place])
-            found[here] = self._opened(place)[ascending[here] - self._firsts[place]]
-            lacks[here] = False
+        def read(place: int, start: int, stop: int) -> None:
+            found[start:stop] = self._opened(place)[ascending[start:stop] - self._firsts_as_list[place]]
+            lacks[start:stop] = False
 
         with self._reading() as each:
-            list(each(read, np.flatnonzero(starts < stops).tolist()))
+            list(each(read, places.tolist(), starts[places].tolist(), stops[places].tolist()))
         if order is None:
             return found, lacks
         back = np.argsort(order)
@@ -181,7 +181,7 @@ class TokenIndex:
         file = self.files[place]
         if self._filesystem is not None:
             return FarIds(self._filesystem, file.path, file.end - file.first)
-        ids: np.ndarray = np.load(file.path, mmap_mode="r", allow_pickle=False)
+        ids = np.asarray(np.load(file.path, mmap_mode="r", allow_pickle=False))  # each look at a memmap makes an object
         if ids.dtype != np.dtype("<i4") or ids.shape != (file.end - file.first,):
             raise ValueError(f"{file.path} does not hold the vocabulary ids of {file.end - file.first} tokens")
         return ids
