@@ -261,7 +261,7 @@ def test_an_answer_may_be_cut_short(connection):
     [
         ("token_where", [1], "no question 'token_where'. Did you mean tokens_where"),
         ("tokens_where; drop view tokens", [1], "no question"),
-        ("xyzzy", [], "There are: .*coactivation, coactive_features"),
+        ("xyzzy", [], "There are: .*coactivation, coactivation_within, coactive_features"),
         ("tokens_where", [], "tokens_where needs feature bigint.*<feature bigint> .threshold double = 0."),
         ("tokens_where", ["one"], "feature is 'one', but it must be a whole number"),
         ("tokens_where", ["1.5"], "whole number"),
