@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from saeflow.store.storage.objects import REQUESTS_AT_ONCE
+
 BLOCK = 16_384
 """Ids of a block: 64 KiB."""
 
 _MOST_HELD = 256
 """Blocks held in memory."""
-
-REQUESTS_AT_ONCE = 16
 
 
 class FarIds:

@@ -22,10 +22,11 @@ import pyarrow.parquet as pq
 from duckdb.func import FunctionNullHandling, PythonUDFType
 
 from saeflow.corpus.token_parts import VOCAB_IDS, has_vocab_ids
-from saeflow.query.files.far_ids import REQUESTS_AT_ONCE, FarIds
+from saeflow.query.files.far_ids import FarIds
 from saeflow.query.files.looked_up import document_start_function, vocab_id_function
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import Generation
+from saeflow.store.storage.objects import REQUESTS_AT_ONCE
 
 MOST_MAPPED = 4_096
 """Files that are mapped at the same time: Linux allows a process 65,530 maps."""

@@ -21,7 +21,7 @@ from saeflow.store.links import remove
 from saeflow.store.records import FileRecord
 from saeflow.store.storage.folder import Storage
 from saeflow.store.storage.local_copy import Listings, LocalCopy, is_own
-from saeflow.store.storage.objects import ObjectBytes, Objects
+from saeflow.store.storage.objects import REQUESTS_AT_ONCE, ObjectBytes, Objects
 from saeflow.store.storage.piece_cache import PieceCache, cache_limit
 from saeflow.store.storage.pieces import Pieces, piece_name
 from saeflow.store.storage.traffic import Traffic
@@ -49,7 +49,7 @@ class Bucket(Storage):
     n_readers = 8
     has_locks = False
     asks_a_server = True
-    n_query_threads = 16  # they wait for the server most of the time
+    n_query_threads = REQUESTS_AT_ONCE
     duckdb_needs = _DUCKDB_NEEDS
 
     def __init__(self, objects: Objects, root: Path) -> None:

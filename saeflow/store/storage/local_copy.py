@@ -19,7 +19,7 @@ from typing import Any
 from saeflow.store.files import checksum
 from saeflow.store.links import remove
 from saeflow.store.records import KINDS, FileRecord, damaged
-from saeflow.store.storage.objects import Found, Objects
+from saeflow.store.storage.objects import REQUESTS_AT_ONCE, Found, Objects
 
 
 class Listing:
@@ -75,9 +75,6 @@ class Listings:
                 del self._made[prefix]
 
 
-_AT_ONCE = 16
-"""Requests at once."""
-
 _UNSENT_SECONDS = 86_400
 """Age from which a file that was never sent is not about to be."""
 
@@ -103,7 +100,7 @@ class LocalCopy:
         self.tags.clear()
         top = self.objects.list_level("")
         kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             levels = pool.map(self.objects.list_level, kinds)
             artefacts = [artefact for level in levels for artefact in level["common_prefixes"]]
             found = [*top["objects"], *itertools.chain.from_iterable(pool.map(self._own_objects, artefacts))]
@@ -137,7 +134,7 @@ class LocalCopy:
         for path in self._own_files(folder):
             if self.key(path) not in known and not (keep_unsent and self._is_unsent(path)):
                 path.unlink(missing_ok=True)
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             list(pool.map(lambda key: self._refresh(self.root / key, known[key], keep_unsent), known))
 
     def _refresh(self, path: Path, meta: Any, keep_unsent: bool) -> None:

@@ -24,6 +24,9 @@ from saeflow.store.storage.traffic import TrafficMeter
 
 RETRIES: Any = {"max_retries": 4, "retry_timeout": timedelta(minutes=2)}
 T = TypeVar("T")
+REQUESTS_AT_ONCE = 16
+"""Requests wait for the server most of the time."""
+
 _STREAM_BYTES, _PAGE = 4 << 20, 1000
 
 
