@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saeflow.classes.best import BestEntries
@@ -35,6 +36,12 @@ from saeflow.store.store import Store, classes_of
 
 _PAIR_BYTES = 320
 """Memory that a feature and a class take: their counts, their figures and their row."""
+
+QUICK_VALUES = 100_000_000
+"""Values that two cores score in about fifteen seconds: a probe of no more is not estimated before."""
+
+FEWEST_DOCUMENTS = 30
+"""Documents of a sample from which an estimate is given."""
 
 TABLES = {name: f"{name}.parquet" for name in PROBE_TABLES}
 
@@ -144,10 +151,13 @@ def read_spans(annotations: Artefact, wanted: Sequence[str] = ()) -> Spans:
     return spans
 
 
-def members_of(store: Store, run: Run, spans: Spans) -> Membership:
-    """Return the classes and documents of the run's encoded tokens. Raises UserError if there is none."""
-    with connect(store, run.schema, names=("stg_tokens", "is_encoded")) as connection:
-        sql = "select token_id, document_id from stg_tokens where mask and is_encoded(token_id, vocab_id)"
+def members_of(store: Store, run: Run, spans: Spans, sampled: bool = False) -> Membership:
+    """Return the classes and documents of the run's encoded tokens, or of those of its sample.
+
+    Raises UserError if there is none.
+    """
+    with connect(store, run.schema, names=("stg_tokens", "is_encoded", "stg_sample_documents")) as connection:
+        sql = _SAMPLED_TOKENS if sampled else _ENCODED_TOKENS
         found = connection.sql(f"{sql} order by token_id").to_arrow_table()
     if not len(found):
         raise UserError(f"{run.schema} has no encoded tokens.")
@@ -155,12 +165,37 @@ def members_of(store: Store, run: Run, spans: Spans) -> Membership:
     return membership(spans, token_ids.astype(np.int64), document_ids.astype(np.int64))
 
 
+_ENCODED_TOKENS = "select token_id, document_id from stg_tokens where mask and is_encoded(token_id, vocab_id)"
+_SAMPLED_TOKENS = f"{_ENCODED_TOKENS} and document_id in (select document_id from stg_sample_documents)"
+
+
+def estimate(
+    store: Store, run: Run, name: str, settings: ProbeSettings, threads: int = 0
+) -> dict[str, pa.Table] | None:  # fmt: skip
+    """Return the tables that a probe of the sampled documents alone would have.
+
+    None if the exact figures are quick, or there already, or if there is no sample, or one of few documents. Raises
+    UserError as `probe` does.
+    """
+    annotations = find_annotations(store, run, name)
+    made = store.artefact("probes", name, fingerprint(facts_of(run, annotations, settings)))
+    n_values = sum(part.count("n_values") for part in run.artefact.published().parts)
+    if n_values <= QUICK_VALUES or not run.shape["has_sample"] or made.complete():
+        return None
+    spans = read_spans(annotations, settings.classes)
+    _require_room_for_scores(int(run.artefact.fact("n_features")), len(spans.classes))
+    members = members_of(store, run, spans, sampled=True)
+    if members.n_documents < FEWEST_DOCUMENTS:
+        return None
+    return score_tables(run, name, members, settings, threads, values="sample")
+
+
 def score_tables(
     run: Run, name: str, members: Membership, settings: ProbeSettings, threads: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | None = None, values: str = "feature_major",
 ) -> dict[str, pa.Table]:  # fmt: skip
-    """Return the tables of the figures, by name."""
-    files = ValueFiles.of(run)
+    """Return the tables of the figures, by name. `values` is the table they are counted from."""
+    files = ValueFiles.of(run, values)
     held = BestEntries(settings.n_best)
     scores = score_classes(files, members, threads, held=held, progress=progress)
     weights = draw_documents(members.n_documents, settings.seed, settings.replicates)
@@ -217,20 +252,19 @@ def write_probe_tables(folder: Path, tables: dict[str, pa.Table]) -> None:
         )  # fmt: skip
 
 
-def rows_of_table(made: Artefact, name: str) -> list[dict[str, Any]]:
-    """Return the rows of a table of a probe."""
-    return list(pq.read_table(made.own_file(TABLES[name])).to_pylist())
+def table_of(made: Artefact, name: str) -> pa.Table:
+    """Return a table of a probe."""
+    return pq.read_table(made.own_file(TABLES[name]))
 
 
-def best_of_each_class(made: Artefact) -> list[dict[str, Any]]:
+def best_of_each_class(sizes: pa.Table, pairs: pa.Table) -> list[dict[str, Any]]:
     """Return for each class its size and the figures of the feature with the largest AUROC, the lower of equal ones.
 
     The figures are None if no feature fires in the class.
     """
     rows = []
-    for size in rows_of_table(made, "class_sizes"):
-        wanted = [("class", "=", size["class"]), ("n_both", ">", 0)]
-        found = pq.read_table(made.own_file(TABLES["feature_classes"]), filters=wanted)
+    for size in sizes.to_pylist():
+        found = pairs.filter((pc.field("class") == size["class"]) & (pc.field("n_both") > 0))
         order = [("auroc", "descending"), ("feature_id", "ascending")]
         best = found.sort_by(order).slice(0, 1).to_pylist() if len(found) else []
         nothing = dict.fromkeys(PROBE_TABLES["feature_classes"].names)

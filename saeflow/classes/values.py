@@ -50,18 +50,19 @@ class FeatureEntries:
 
 @dataclass(frozen=True)
 class ValueFiles:
-    """The feature-major files of a run that are shown now."""
+    """The files of a run that are shown now, with all its values by feature, or those of its sample."""
 
     paths: tuple[Path, ...]
     n_features: int
 
     @classmethod
-    def of(cls, run: Run) -> ValueFiles:
-        artefact, shown = run.artefact, set(run.files["feature_major"])
+    def of(cls, run: Run, table: str = "feature_major") -> ValueFiles:
+        """`table`: `feature_major` or `sample`."""
+        artefact, shown = run.artefact, set(run.files[table])
         found = [
             artefact.part_file(part, name)
             for part in artefact.published().parts
-            for name in files_of(part, "feature_major")
+            for name in files_of(part, table)
             if artefact.storage.location(artefact.part_path(part) / name) in shown
         ]
         return cls(tuple(found), int(artefact.fact("n_features")))
@@ -86,6 +87,11 @@ class ValueFiles:
             if of_group.num_rows:
                 found.append((number, group, *ends, of_group.num_rows))
         return found
+
+    def _stretches(self, number: int) -> NDArray[np.int64]:
+        """Return where in the groups of one file the features begin anew."""
+        mine = self.groups[self.groups[:, 0] == number]
+        return np.flatnonzero(np.r_[True, mine[1:, 2] < mine[:-1, 3]])
 
     def blocks(self, block_values: int = BLOCK_VALUES, threads: int = 1) -> list[tuple[int, int]]:
         """Return first and last feature of blocks of about so many values, every feature in one of them.
@@ -129,6 +135,8 @@ class ValueFiles:
             return None
         with pq.ParquetFile(self.paths[number], metadata=self._footers[number]) as file:
             table = file.read_row_groups(mine[holds, 1].tolist(), columns=VALUE_COLUMNS, use_threads=False)
+        if len(self._stretches(number)) > 1:  # each is sorted by feature, and they follow on one another by token
+            table = table.take(np.argsort(_as_array(table.column("feature_id")), kind="stable"))
         columns = [_as_array(table.column(name)) for name in VALUE_COLUMNS]
         start, stop = np.searchsorted(columns[0], np.array([first, last + 1], np.int32))
         features, tokens, values = (column[start:stop] for column in columns)

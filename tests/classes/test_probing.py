@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from scipy import sparse
 from sklearn.metrics import roc_auc_score
 
 import saeflow
+from saeflow.classes import probing
 from saeflow.classes.annotations import Source, annotate, erase_hidden_spans
 from saeflow.classes.membership import membership
-from saeflow.classes.probing import ProbeSettings, probe, still_shown
+from saeflow.classes.probing import ProbeSettings, estimate, members_of, probe, read_spans, score_tables, still_shown
 from saeflow.classes.samples import draw_sample, random_values
 from saeflow.classes.sparse_probes import probes
+from saeflow.features import part_encoder, sample
 from saeflow.query.ask import ask
 from saeflow.query.connection import connect
 from saeflow.query.runs import pick_run, runs
@@ -27,6 +30,7 @@ from saeflow.runtime.terminal import Terminal
 from saeflow.store import garbage
 from saeflow.store.artefact import Artefact
 from saeflow.store.store import Store
+from tests.benchmarks import _made_run
 from tests.classes.test_scores import rounded, spans_of
 from tests.conftest import Finished
 from tests.support.command import Command
@@ -227,3 +231,45 @@ def test_the_command_says_that_no_feature_fires_in_a_class_and_shows_intervals_f
     rows = [line.split() for line in said.out.splitlines()]
     assert ["silent", "1", "none", "fires", "-", "-", "-", "-"] in rows
     assert "None" not in said.out
+
+
+@pytest.fixture
+def sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    """Two parts of 94 documents, half of which are in the sample, and the annotations `words`: where feature 3 fires,
+    or 5. A part's sample has several stretches."""
+    monkeypatch.setattr(sample, "SAMPLED_BELOW", "80")
+    monkeypatch.setattr(part_encoder, "SampleWriter", partial(sample.SampleWriter, sorted_values=50_000))
+    made = Store.create(tmp_path / "store")
+    _made_run.make(made, 1 << 21, part_tokens=[1 << 14, 3 << 14], n_features=64)
+    with connect(made) as connection:
+        rows = connection.sql(
+            "select feature_id, token_id from stg_feature_major where feature_id in (3, 5)"
+        ).fetchall()
+    lines = [f"{name},{token},{token}" for f, token in sorted(rows) for name in [f"of {f}"] if token % 3]
+    (tmp_path / "words.csv").write_text("\n".join(["class,token_id,last_token_id", *lines]))
+    annotate(made, None, "words", Source(tmp_path / "words.csv"), quiet())
+    return made
+
+
+def test_an_estimate_has_the_figures_of_all_tokens_of_sampled_documents(sampled, monkeypatch):
+    run, settings = pick_run(sampled, runs(sampled), None), ProbeSettings(replicates=20)
+    assert estimate(sampled, run, "words", settings) is None  # there are few values
+    monkeypatch.setattr(probing, "QUICK_VALUES", 1_000)
+    found = estimate(sampled, run, "words", settings, threads=2)
+    members = members_of(sampled, run, read_spans(probing.find_annotations(sampled, run, "words")), sampled=True)
+    assert 30 <= members.n_documents < 80
+    expected = score_tables(run, "words", members, settings, threads=2)
+    assert found == expected
+    best = probing.best_of_each_class(found["class_sizes"], found["feature_classes"])
+    assert [row["feature_id"] for row in best] == [3, 5]
+    probe(sampled, run, "words", settings, 1)
+    assert estimate(sampled, run, "words", settings) is None  # the exact figures are there
+
+
+def test_the_command_prints_figures_of_the_sample_first_unless_told_to_wait(saeflow: Command, sampled, monkeypatch):
+    monkeypatch.setattr(probing, "QUICK_VALUES", 1_000)
+    for options, is_first in ((["--exact", "--seed", "1"], False), (["--seed", "2"], True)):
+        said = saeflow("probe", "words", "--store", sampled.root, *options)
+        assert said.code == 0, said.err
+        assert ("Approximate" in said.err) == is_first
+        assert said.out.count("of 3") == 1 + is_first

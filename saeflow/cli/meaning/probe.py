@@ -20,7 +20,7 @@ from saeflow.cli.common import (
 from saeflow.runtime.text import sanitise
 
 if TYPE_CHECKING:
-    from saeflow.store.artefact import Artefact
+    import pyarrow as pa
 
 probe_commands = typer.Typer()
 
@@ -40,17 +40,21 @@ def probe_command(
     ] = 500,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the resamples and of the sampled tokens.")] = 0,
     threads: Annotated[int, typer.Option("--threads", min=0, help="Threads to use; 0: one per core.")] = 0,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Wait for the exact figures; print none of a sample before them.")
+    ] = False,
     store: StoreOption = None,
     run: RunOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Score every feature of a run against every class of an annotation.
 
-    The figures come from all values. Ask for them with `saeflow ask features_of_class CLASS`.
+    The figures come from all values. Ask for them with `saeflow ask features_of_class CLASS`. If there are very many
+    values, those of a sample of documents are printed first.
 
     Examples: `saeflow probe digits`, `saeflow probe names --class countries --sparse`
     """
-    from saeflow.classes.probing import ProbeSettings, probe, still_shown
+    from saeflow.classes.probing import ProbeSettings, estimate, probe, still_shown, table_of
     from saeflow.query import catalog
     from saeflow.query.runs import pick_run, runs
     from saeflow.runtime.progress import Progress
@@ -58,19 +62,34 @@ def probe_command(
     opened = existing_store(store)
     chosen = pick_run(opened, runs(opened), run)
     settings = ProbeSettings(tuple(sorted(set(classes or ()))), best, replicates, seed, sparse)
+    if not (exact or quiet) and (found := estimate(opened, chosen, name, settings, threads)):
+        print_note(_ESTIMATE)
+        _show_best(found["class_sizes"], found["feature_classes"])
+        print_note("The exact figures:")
     made = probe(opened, chosen, name, settings, threads, Progress(err, -1 if quiet else 0))
     catalog.write_catalog(opened)
     if not quiet:
-        _show_probe(made, sparse)
+        _show_best(table_of(made, "class_sizes"), table_of(made, "feature_classes"))
+        if sparse:
+            _show_sparse(table_of(made, "sparse_probes").to_pylist())
+        print_note("More: saeflow ask features_of_class CLASS; saeflow ask classes_of_feature FEATURE")
+        print_line(sanitise(f"{made.id}: published"))
         for each in still_shown(opened, made):
             print_note(sanitise(f"Still shown, because the values are the same: {each}"))
 
 
-def _show_probe(made: Artefact, sparse: bool) -> None:
-    from saeflow.classes.probing import best_of_each_class, rows_of_table
+_ESTIMATE = (
+    "Approximate: the figures of the tokens of a sample, a 64th of the documents. All values are scored next; "
+    "Ctrl-C ends that."
+)
+
+
+def _show_best(sizes: pa.Table, pairs: pa.Table) -> None:
+    """Show the best feature of each class."""
+    from saeflow.classes.probing import best_of_each_class
 
     table = new_table("class", "tokens", "best feature", "AUROC", "95% by document", "F1", "q")
-    for row in best_of_each_class(made):
+    for row in best_of_each_class(sizes, pairs):
         ends = [row["auroc_low"], row["auroc_high"]]
         interval = "-" if None in ends else " to ".join(map(_figure_in_words, ends))
         best = "none fires" if row["feature_id"] is None else str(row["feature_id"])
@@ -79,10 +98,6 @@ def _show_probe(made: Artefact, sparse: bool) -> None:
             _figure_in_words(row["f1"]), "-" if row["q"] is None else f"{row['q']:.1g}",
         )  # fmt: skip
     out.print_table(table)
-    if sparse:
-        _show_sparse(rows_of_table(made, "sparse_probes"))
-    print_note("More: saeflow ask features_of_class CLASS; saeflow ask classes_of_feature FEATURE")
-    print_line(sanitise(f"{made.id}: published"))
 
 
 def _show_sparse(rows: list[dict[str, Any]]) -> None:
