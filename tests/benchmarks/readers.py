@@ -28,9 +28,7 @@ from typing import Any
 
 import httpx
 
-from saeflow.query.api import OpenRun
 from saeflow.query.connection import connect
-from saeflow.runtime.memory import peak_bytes
 from saeflow.store.store import Store
 from tests.benchmarks._bars import Bar, report
 from tests.benchmarks.queries import copied_store, made
@@ -40,37 +38,13 @@ MEMORY = 300_000_000
 """Bytes that a reader may take."""
 
 ROUNDS = 3
-FEATURES = 64
-
-
-def answered(store: Path, seconds: float, place: int) -> dict[str, float]:
-    """Ask until the time is up, in a process of its own. It waits until all others have opened the run."""
-    with OpenRun.open(store) as run:
-        last = (run.n_tokens or 1) - 1
-        features = run.sql(
-            "select feature_id from stg_feature_stats where n_tokens between 50 and 50000 order by hash(feature_id)",
-            limit=FEATURES,
-        ).column(0)
-        asked = itertools.cycle(features.to_pylist())
-        print("open", flush=True)
-        sys.stdin.readline()
-        began, n = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            feature = next(asked)
-            run.ask("top_tokens", feature)
-            run.ask("tokens_where", feature, limit=100)
-            run.ask("coactive_features", feature)
-            run.ask("token_features", (feature * 7919 + place) % last)
-            n += 4
-        taken = time.perf_counter() - began
-    return {"per_second": n / taken, "peak_bytes": peak_bytes()}
 
 
 def together(store: Path, n: int, seconds: float) -> list[dict[str, float]]:
     """Let so many processes ask at once."""
-    command = [sys.executable, "-m", "tests.benchmarks.readers", "--ask", str(store), "--seconds", str(seconds)]
+    command = [sys.executable, "-m", "tests.benchmarks._reader", str(store), str(seconds)]
     readers = [
-        subprocess.Popen([*command, "--place", str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for place in range(n)
     ]
     for reader in readers:
@@ -155,8 +129,6 @@ def rate(answers: list[dict[str, float]]) -> float:
 
 def main() -> None:
     options = options_of()
-    if options.ask:
-        return print(json.dumps(answered(options.ask, options.seconds, options.place)))
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         if options.quick:
@@ -165,15 +137,12 @@ def main() -> None:
             store, n_readers, seconds = Path(copied_store(folder, 100_000_000).root), 16, 10.0
         bars, facts = measured(store, n_readers, seconds)
     report("readers", bars, **facts)
-    return None
 
 
 def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="under a minute, smaller sizes")
     parser.add_argument("--keep", type=Path, help="make the run in this folder, or find it there")
-    for hidden, kind in (("--ask", Path), ("--seconds", float), ("--place", int)):
-        parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
