@@ -157,16 +157,25 @@ def members_of(store: Store, run: Run, spans: Spans, sampled: bool = False) -> M
     Raises UserError if there is none.
     """
     with connect(store, run.schema, names=("stg_tokens", "is_encoded", "stg_sample_documents")) as connection:
-        sql = _SAMPLED_TOKENS if sampled else _ENCODED_TOKENS
-        found = connection.sql(f"{sql} order by token_id").to_arrow_table()
+        found = connection.sql(_SAMPLED_TOKENS if sampled else _ENCODED_TOKENS).to_arrow_table()
     if not len(found):
         raise UserError(f"{run.schema} has no encoded tokens.")
     token_ids, document_ids = (found.column(name).to_numpy() for name in ("token_id", "document_id"))
     return membership(spans, token_ids.astype(np.int64), document_ids.astype(np.int64))
 
 
-_ENCODED_TOKENS = "select token_id, document_id from stg_tokens where mask and is_encoded(token_id, vocab_id)"
-_SAMPLED_TOKENS = f"{_ENCODED_TOKENS} and document_id in (select document_id from stg_sample_documents)"
+_ENCODED_TOKENS = """
+select token_id, document_id
+from stg_tokens
+where mask and is_encoded(token_id, vocab_id)
+order by token_id
+"""
+_SAMPLED_TOKENS = """
+select token_id, document_id
+from stg_tokens
+where mask and is_encoded(token_id, vocab_id) and document_id in (select document_id from stg_sample_documents)
+order by token_id
+"""
 
 
 def estimate(

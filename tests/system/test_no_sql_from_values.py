@@ -155,6 +155,7 @@ RUN = {
     "classes/annotations.py": {"sql": "constants, and names of columns in the code"},
     "classes/characters.py": {"sql": "a constant"},
     "classes/places.py": {"sql": "a constant of this file", "statement": "one of the constant _TABLES"},
+    "classes/probing.py": {"_SAMPLED_TOKENS if sampled else _ENCODED_TOKENS": "one of two constants of this file"},
     "classes/tables.py": {"sql": "a constant", "_sql_that_reads(file)": "a literal in one of two constants"},
     "query/ask.py": {"sql": "judged, or made of a question's name and question marks", "_LEVELS": "a constant"},
     "query/connection.py": {"sql": "a file of sql/checks", "statement": "what catalog.definitions yields"},
