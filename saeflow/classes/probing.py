@@ -24,6 +24,7 @@ from saeflow.classes.values import ValueFiles
 from saeflow.features.beside import has_table, newest_annotations, require_table
 from saeflow.features.schema import PROBE_TABLES, SPANS, holding
 from saeflow.query.connection import connect
+from saeflow.query.outside.approximation import FEWEST_DOCUMENTS
 from saeflow.query.runs import Run
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
@@ -39,9 +40,6 @@ _PAIR_BYTES = 320
 
 QUICK_VALUES = 100_000_000
 """Values that two cores score in about fifteen seconds: a probe of no more is not estimated before."""
-
-FEWEST_DOCUMENTS = 30
-"""Documents of a sample from which an estimate is given."""
 
 TABLES = {name: f"{name}.parquet" for name in PROBE_TABLES}
 

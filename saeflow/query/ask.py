@@ -20,7 +20,7 @@ from saeflow.query.files.chosen import FEATURE_PARAMETERS, as_list, only_files_f
 from saeflow.query.questions import Arguments, Question, Value, find_question, parse_arguments
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_system, is_refusal, message
+from saeflow.runtime.sql_errors import QUERY_ERRORS, is_of_question, is_of_system, message
 from saeflow.runtime.sql_judge import only_reads
 from saeflow.runtime.temporary import blaming_temporary_folder
 from saeflow.runtime.text import brief, did_you_mean, sanitise
@@ -264,7 +264,7 @@ def _fetch(
         if is_of_system(error):
             raise
         said = message(error)
-        raise UserError(said if is_refusal(error) else f"{what} failed.\n{said}") from error
+        raise UserError(said if is_of_question(error) else f"{what} failed.\n{said}") from error
 
 
 def _fetch_rows(

@@ -31,7 +31,7 @@ def message(error: Exception, of_store: bool = True) -> str:
     return f"{said}\n{REPAIR}" if of_store and _IS_DAMAGE.search(said) else said
 
 
-def is_refusal(error: Exception) -> bool:
+def is_of_question(error: Exception) -> bool:
     """True if the SQL refused what it was given, by `error('…')`: its message says all that a user needs."""
     said = str(error)
     return said.startswith(_OF_SQL) and not _IS_DAMAGE.search(said)

@@ -58,7 +58,7 @@ _SCHEMA = pa.schema(
         _required("record", pa.string()),
     ]
 )
-_DOCUMENTS = pa.list_(pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())]))
+_HIDING = pa.list_(pa.struct([("document_id", pa.int64()), ("key_hash", pa.string()), ("reason", pa.string())]))
 
 
 @dataclass
@@ -85,7 +85,7 @@ class FileColumns:
         """Raises ValueError if a part has not as many names as sizes."""
         if not names.offsets.equals(sizes.offsets):
             raise ValueError("names and sizes are of different files")
-        return cls(names.offsets.to_numpy(), *letters_of(names.values), sizes.values.to_numpy())
+        return cls(names.offsets.to_numpy(), *text_letters(names.values), sizes.values.to_numpy())
 
     @classmethod
     def of_parts(cls, parts: Sequence[PartRecord]) -> FileColumns:
@@ -95,7 +95,7 @@ class FileColumns:
         return cls.of(pa.array([each for each, _ in pairs], names), pa.array([each for _, each in pairs], sizes))
 
 
-def letters_of(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
+def text_letters(texts: pa.StringArray) -> tuple[np.ndarray, np.ndarray]:
     """Return all texts end to end in UTF-8, and where each begins and the last one ends."""
     _, starts, letters = texts.buffers()
     return np.frombuffer(letters or b"", np.uint8), np.frombuffer(starts or bytes(4), np.int32)
@@ -148,7 +148,7 @@ class OpenList:
 
     def says(self, row: int, content: bytes | memoryview) -> bool:
         """True if this is the content of a part's record, and the list has what was written into it about the part."""
-        return bool(_sum(content, self._column("record")[row].as_buffer()) == self._column("sum")[row].as_py())
+        return bool(_xxh3(content, self._column("record")[row].as_buffer()) == self._column("sum")[row].as_py())
 
     def record(self, row: int) -> str:
         return str(self._column("record")[row])
@@ -197,7 +197,7 @@ def _stay_inside(names: tuple[str, ...]) -> bool:
     return all(re.match(INSIDE, name) for name in names)
 
 
-def _sum(content: bytes | memoryview, record: Any) -> int:
+def _xxh3(content: bytes | memoryview, record: Any) -> int:
     digest = xxhash.xxh3_64(content)
     digest.update(record)
     return digest.intdigest()
@@ -287,12 +287,12 @@ def generation_table(generation: Generation, layout: Layout = "columns") -> pa.T
     """Return the table of a generation: one row a part."""
     parts = generation.parts
     with no_collection():
-        table = _columns_of(parts) if layout == "columns" else _records_of(parts, layout)
+        table = _table_of_parts(parts) if layout == "columns" else _records_of(parts, layout)
         hidden = [[each.model_dump() for each in generation.hidden.get(part.index, ())] for part in parts]
-        return table.append_column("hidden", pa.array(hidden, _DOCUMENTS))
+        return table.append_column("hidden", pa.array(hidden, _HIDING))
 
 
-def _columns_of(parts: Sequence[PartRecord]) -> pa.Table:
+def _table_of_parts(parts: Sequence[PartRecord]) -> pa.Table:
     """Rows of lists that are open already are taken as they are."""
     tables, places = list[pa.Table](), list[int]()
     for source, found, rows in by_list(parts):
@@ -314,7 +314,7 @@ def _new_rows(parts: Sequence[PartRecord]) -> pa.Table:
         "inputs": [list(part.inputs.items()) for part in parts],
         "names": [names for names, _ in files],
         "sizes": [sizes for _, sizes in files],
-        "sum": [_sum(part.text.encode(), record.encode()) for part, record in zip(parts, records, strict=True)],
+        "sum": [_xxh3(part.text.encode(), record.encode()) for part, record in zip(parts, records, strict=True)],
         "record": records,
     }, schema=_SCHEMA)  # fmt: skip
 

@@ -20,11 +20,11 @@ import pyarrow as pa
 from numba import njit, types
 
 from saeflow.store.files import LOOKERS, MANY
-from saeflow.store.lists import FileColumns, by_list, letters_of
+from saeflow.store.lists import FileColumns, by_list, text_letters
 from saeflow.store.records import Damaged, PartRecord
 
 HAS_STATX = hasattr(ctypes.CDLL(None), "statx")
-_FOLDER, _FILE = 0o040000, 0o100000
+_MODE_OF_FOLDER, _FILE = 0o040000, 0o100000
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _OPEN_FOLDER = getattr(os, "O_PATH", 0) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_FOLLOW, _MODE_AND_SIZE = 0x100, 0x203  # AT_SYMLINK_NOFOLLOW, STATX_TYPE | MODE | SIZE
@@ -52,13 +52,13 @@ def confirmed(folder: str, parts: Sequence[PartRecord]) -> list[bool]:
 
 def _confirmed(folder: str, inside: Sequence[str], files: FileColumns, rows: np.ndarray) -> np.ndarray:
     """Look at the parts in these rows, whose folders lie in another folder. Several threads share them."""
-    letters, starts = letters_of(pa.array(inside, pa.string()))
+    letters, starts = text_letters(pa.array(inside, pa.string()))
     longest = max(np.diff(each).max(initial=len(_RECORD)) for each in (starts, files.starts))
     columns = files.first, files.letters, files.starts, files.sizes
 
     def look(begin: int) -> np.ndarray:
         path = np.zeros(longest + 1, np.uint8)
-        with _opened(folder) as handle:
+        with _folder_handle(folder) as handle:
             return _look(handle, letters, starts[begin:], rows[begin : begin + MANY], *columns, _RECORD, path)
 
     with ThreadPoolExecutor(LOOKERS, "saeflow-look") as pool:
@@ -67,14 +67,14 @@ def _confirmed(folder: str, inside: Sequence[str], files: FileColumns, rows: np.
 
 def written(folder: str, parts: Sequence[PartRecord]) -> list[bool]:
     """Return True for each part below a folder whose record has the bytes that were written; False if nobody knows."""
-    letters, starts = letters_of(pa.array([part.folder for part in parts], pa.string()))
+    letters, starts = text_letters(pa.array([part.folder for part in parts], pa.string()))
     longest = int(np.diff(starts).max(initial=0)) + len(_RECORD) + 2
 
     def look(begin: int) -> list[bool]:
         some, content = parts[begin : begin + MANY], np.empty(_CONTENT_BYTES, np.uint8)
-        with _opened(folder) as handle:
+        with _folder_handle(folder) as handle:
             path = np.zeros(longest, np.uint8)
-            ends = _read(handle, letters, starts[begin : begin + len(some) + 1], _RECORD, path, content).tolist()
+            ends = _contents(handle, letters, starts[begin : begin + len(some) + 1], _RECORD, path, content).tolist()
         spans = itertools.pairwise([0, *ends])
         return [part.is_written_as(content[a:b].data) for part, (a, b) in zip(some, spans, strict=True)]
 
@@ -83,7 +83,7 @@ def written(folder: str, parts: Sequence[PartRecord]) -> list[bool]:
 
 
 @contextlib.contextmanager
-def _opened(folder: str) -> Iterator[int]:
+def _folder_handle(folder: str) -> Iterator[int]:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield handle
@@ -98,7 +98,7 @@ def _end_with_zero(path: np.ndarray, text: np.ndarray) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _kind(part: int, path: np.ndarray, about: np.ndarray) -> int:
+def _kind_at(part: int, path: np.ndarray, about: np.ndarray) -> int:
     """Return what is at a path inside of an open folder, and note its size in `about`; 0 if nothing is there."""
     if _statx(part, path.ctypes, _NO_FOLLOW, _MODE_AND_SIZE, about.view(np.uint8).ctypes) != 0:
         return 0
@@ -127,11 +127,11 @@ def _look(
         if part < 0:
             continue
         _end_with_zero(path, record)
-        whole = _kind(part, path, about) == _FILE
+        whole = _kind_at(part, path, about) == _FILE
         file, end = first[rows[place]], first[rows[place] + 1]
         while whole and file < end:
             name = letters[starts[file] : starts[file + 1]]
-            whole = _folders_are_there(part, name, path, about) and _kind(part, path, about) == _FILE
+            whole = _folders_are_there(part, name, path, about) and _kind_at(part, path, about) == _FILE
             whole = whole and np.int64(about[5]) == sizes[file]
             file += 1
         there[place] = whole
@@ -140,7 +140,7 @@ def _look(
 
 
 @njit(nogil=True, cache=True)
-def _read(
+def _contents(
     handle: int, folders: np.ndarray, starts: np.ndarray, record: np.ndarray, path: np.ndarray, content: np.ndarray
 ) -> np.ndarray:
     """Read the records of parts into `content`, end to end. Return where each ends; nothing is read of one that fails.
@@ -179,7 +179,7 @@ def _folders_are_there(part: int, name: np.ndarray, path: np.ndarray, about: np.
                 return False
             if at < len(name) and (is_new or path[at] != _SLASH):
                 path[at] = 0
-                if _kind(part, path, about) != _FOLDER:
+                if _kind_at(part, path, about) != _MODE_OF_FOLDER:
                     return False
             step = at + 1
         elif letter == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import duckdb
 import pytest
 
-from saeflow.runtime.sql_errors import REPAIR, is_refusal, message, without_traceback
+from saeflow.runtime.sql_errors import REPAIR, is_of_question, message, without_traceback
 
 RAISED = (
     "Traceback (most recent call last):\n"
@@ -33,5 +33,5 @@ def test_an_error_raised_while_duckdb_read_a_file_is_said_without_its_traceback(
 def test_what_sql_refuses_is_said_in_its_own_words(sql: str, is_refused: bool, said: str) -> None:
     with pytest.raises(duckdb.Error) as raised:
         duckdb.sql(sql).fetchall()
-    assert is_refusal(raised.value) == is_refused
+    assert is_of_question(raised.value) == is_refused
     assert message(raised.value).startswith(said)

@@ -63,7 +63,7 @@ def probe_command(
     chosen = pick_run(opened, runs(opened), run)
     settings = ProbeSettings(tuple(sorted(set(classes or ()))), best, replicates, seed, sparse)
     if not (exact or quiet) and (found := estimate(opened, chosen, name, settings, threads)):
-        print_note(_ESTIMATE)
+        print_note(_OF_SAMPLE)
         _show_best(found["class_sizes"], found["feature_classes"])
         print_note("The exact figures:")
     made = probe(opened, chosen, name, settings, threads, Progress(err, -1 if quiet else 0))
@@ -78,7 +78,7 @@ def probe_command(
             print_note(sanitise(f"Still shown, because the values are the same: {each}"))
 
 
-_ESTIMATE = (
+_OF_SAMPLE = (
     "Approximate: the figures of the tokens of a sample, a 64th of the documents. All values are scored next; "
     "Ctrl-C ends that."
 )
