@@ -75,9 +75,9 @@ def estimate_of(
         return None
     chosen = readings if isinstance(readings, pa.Array) else values.get("tokens")
     known = {**values, "n_chosen": len(chosen) if isinstance(chosen, (pa.Array, list)) else 0}
-    if any(_count(connection, sql, known) <= CHEAP_VALUES for sql in (_ALL_VALUES, _VALUES_READ[question.name])):
+    if any(_number(connection, sql, known) <= CHEAP_VALUES for sql in (_ALL_VALUES, _VALUES_READ[question.name])):
         return None
-    if _count(connection, _SAMPLED, {}) < FEWEST_DOCUMENTS:
+    if _number(connection, _SAMPLED, {}) < FEWEST_DOCUMENTS:
         return None
     estimate = find_question(_estimate(question.name))
     names = {parameter.name for parameter in estimate.parameters}
@@ -89,7 +89,7 @@ def _is_estimated(question: Question, values: Mapping[str, Value]) -> bool:
     return not any(values.get(name) for name in _EXACT_ALONE if name not in names)
 
 
-def _count(connection: duckdb.DuckDBPyConnection, sql: str, values: Mapping[str, object]) -> int:
+def _number(connection: duckdb.DuckDBPyConnection, sql: str, values: Mapping[str, object]) -> int:
     given = {name: values[name] for name in re.findall(r"\$(\w+)", sql)}
     ((n,),) = connection.execute(sql, given or None).fetchall()
     return int(n)
