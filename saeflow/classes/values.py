@@ -88,11 +88,6 @@ class ValueFiles:
                 found.append((number, group, *ends, of_group.num_rows))
         return found
 
-    def _stretches(self, number: int) -> NDArray[np.int64]:
-        """Return where in the groups of one file the features begin anew."""
-        mine = self.groups[self.groups[:, 0] == number]
-        return np.flatnonzero(np.r_[True, mine[1:, 2] < mine[:-1, 3]])
-
     def blocks(self, block_values: int = BLOCK_VALUES, threads: int = 1) -> list[tuple[int, int]]:
         """Return first and last feature of blocks of about so many values, every feature in one of them.
 
@@ -135,7 +130,9 @@ class ValueFiles:
             return None
         with pq.ParquetFile(self.paths[number], metadata=self._footers[number]) as file:
             table = file.read_row_groups(mine[holds, 1].tolist(), columns=VALUE_COLUMNS, use_threads=False)
-        if len(self._stretches(number)) > 1:  # each is sorted by feature, and they follow on one another by token
+        if (
+            mine[1:, 2] < mine[:-1, 3]
+        ).any():  # a sample in stretches, each sorted by feature, one behind another by token
             table = table.take(np.argsort(_as_array(table.column("feature_id")), kind="stable"))
         columns = [_as_array(table.column(name)) for name in VALUE_COLUMNS]
         start, stop = np.searchsorted(columns[0], np.array([first, last + 1], np.int32))

@@ -48,7 +48,7 @@ STAGING = ("functions", "staging")
 MANY_FILES = 1_000
 """A run with more files has its views made in outline first."""
 
-_SIDE_BY_SIDE = ("stg_feature_stats", "stg_feature_major", "stg_token_major", "stg_tokens_encoded")
+_SIDE_BY_SIDE = ("stg_feature_stats", "stg_feature_major", "stg_token_major", "stg_tokens_in_blocks")
 """Views that exist for all runs side by side, too."""
 
 OF_EVERY_RUN = frozenset({"compare_runs", "correlate_runs", "split_features"})

@@ -1,7 +1,8 @@
 -- For each feature of one run, the feature of another run that fires on most of the same tokens.
 --
 -- Grain:   one row per feature of run a, dead ones too, the largest Jaccard index first; ties by feature.
--- Reads:   stg_feature_stats, stg_token_major and stg_tokens_encoded of all runs side by side, stg_runs, jaccard_index
+-- Reads:   stg_feature_stats, stg_token_major and stg_tokens_in_blocks of all runs side by side, stg_runs,
+--          jaccard_index
 -- Units:   a and b are schema names from the view runs; both runs must be of the same tokens. match_id is the feature
 --          of b with the largest Jaccard index (the lower number among equals): jaccard = n_both / (n_a + n_b -
 --          n_both), counted exactly over the tokens that both runs encoded. Features that fire on fewer than min_tokens
@@ -26,17 +27,10 @@ known as materialized (
     end as are_known
     from sizes
 ),
--- A bit for each of 120 tokens that follow one another: a set of all tokens would fill the memory.
-token_blocks as (
-    select run, token_id // 120 as block, bit_or(1::hugeint << (token_id % 120)::int) as tokens
-    from every_run.stg_tokens_encoded
-    where run in (a, b)
-    group by run, block
-),
 encoded as materialized (
     select block, of_a.tokens & of_b.tokens as tokens
-    from (from token_blocks where run = a) as of_a
-    join (from token_blocks where run = b) as of_b using (block)
+    from (from every_run.stg_tokens_in_blocks where run = a) as of_a
+    join (from every_run.stg_tokens_in_blocks where run = b) as of_b using (block)
 ),
 fired_a as not materialized (
     select token_id, feature_id

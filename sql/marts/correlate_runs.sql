@@ -1,8 +1,8 @@
 -- How alike the values of features of one run are to those of features of another: their correlation over all tokens.
 --
 -- Grain:   one row per pair of the lists, in their order.
--- Reads:   stg_runs, stg_feature_major (only the row groups of these features) and stg_tokens_encoded of all runs side
---          by side, jaccard_index
+-- Reads:   stg_runs, stg_feature_major (only the row groups of these features) and stg_tokens_in_blocks of all runs
+--          side by side, jaccard_index
 -- Units:   a and b are schema names from the view runs; both runs must be of the same tokens. The first of features is
 --          paired with the first of matches, and so on. n_a and n_b count the tokens at which each fires, n_both those
 --          at which both do, of the n_all tokens that both runs encoded. correlation is Pearson's over the n_all
@@ -28,17 +28,10 @@ pairs as materialized (
         unnest(features)::bigint     as feature_id,
         unnest(matches)::bigint      as match_id
 ),
--- A bit for each of 120 tokens that follow one another: a set of all tokens would fill the memory.
-blocks as (
-    select run, token_id // 120 as block, bit_or(1::hugeint << (token_id % 120)::int) as tokens
-    from every_run.stg_tokens_encoded
-    where run in (a, b)
-    group by run, block
-),
 encoded as materialized (
     select block, of_a.tokens & of_b.tokens as tokens
-    from (from blocks where run = a) as of_a
-    join (from blocks where run = b) as of_b using (block)
+    from (from every_run.stg_tokens_in_blocks where run = a) as of_a
+    join (from every_run.stg_tokens_in_blocks where run = b) as of_b using (block)
 ),
 size as (
     select coalesce(sum(bit_count(tokens)), 0)::double as n_all from encoded

@@ -2,8 +2,8 @@
 --
 -- Grain:   one row per feature of the other run that fires mainly where the feature fires, the largest share first;
 --          ties by feature; at most n.
--- Reads:   stg_feature_major, stg_tokens_encoded, stg_runs; stg_feature_major, stg_token_major and stg_tokens_encoded
---          of all runs side by side; jaccard_index
+-- Reads:   stg_feature_major, stg_tokens_in_blocks, stg_runs; stg_feature_major, stg_token_major and
+--          stg_tokens_in_blocks of all runs side by side; jaccard_index
 -- Units:   other_run is a schema name of the view runs; both runs must be of the same tokens. Tokens that both runs
 --          encoded are counted, exactly: n_feature and n_other those at which each fires, n_both those at which both
 --          do. share_inside = n_both / n_other, at least min_inside; share_of_feature = n_both / n_feature. covered is
@@ -24,20 +24,10 @@ with known as materialized (
     from stg_runs
     where problem is null and (schema_name = other_run or is_current)
 ),
--- A bit for each of 120 tokens that follow one another: a set of all tokens would fill the memory.
-own_blocks as (
-    select token_id // 120 as block, bit_or(1::hugeint << (token_id % 120)::int) as tokens
-    from stg_tokens_encoded
-    group by block
-),
-their_blocks as (
-    select token_id // 120 as block, bit_or(1::hugeint << (token_id % 120)::int) as tokens
-    from every_run.stg_tokens_encoded
-    where run = other_run
-    group by block
-),
 encoded as materialized (
-    select block, own_blocks.tokens & their_blocks.tokens as tokens from own_blocks join their_blocks using (block)
+    select block, mine.tokens & theirs.tokens as tokens
+    from stg_tokens_in_blocks as mine
+    join (from every_run.stg_tokens_in_blocks where run = other_run) as theirs using (block)
 ),
 parent as materialized (
     select token_id
