@@ -130,19 +130,27 @@ class TokenIndex:
         order = None if np.all(token_ids[1:] >= token_ids[:-1]) else np.argsort(token_ids)
         ascending = token_ids if order is None else token_ids[order]
         found, lacks = np.zeros(len(ascending), np.int32), np.ones(len(ascending), bool)
-        starts, stops = np.searchsorted(ascending, self._firsts), np.searchsorted(ascending, self._ends)
-        places = np.flatnonzero(starts < stops)
+        near = self._near(ascending)
+        starts, stops = (np.searchsorted(ascending, bounds[near]) for bounds in (self._firsts, self._ends))
+        held = np.flatnonzero(starts < stops)
 
         def read(place: int, start: int, stop: int) -> None:
             found[start:stop] = self._opened(place)[ascending[start:stop] - self._firsts_as_list[place]]
             lacks[start:stop] = False
 
         with self._reading() as each:
-            list(each(read, places.tolist(), starts[places].tolist(), stops[places].tolist()))
+            list(each(read, (held + near.start).tolist(), starts[held].tolist(), stops[held].tolist()))
         if order is None:
             return found, lacks
         back = np.argsort(order)
         return found[back], lacks[back]
+
+    def _near(self, ascending: np.ndarray) -> slice:
+        """Return the places of the files from that of the first token to that of the last."""
+        if not len(ascending):
+            return slice(0, 0)
+        start = bisect.bisect_right(self._firsts_as_list, ascending[0]) - 1
+        return slice(max(start, 0), bisect.bisect_right(self._firsts_as_list, ascending[-1]))
 
     def vocab_ids_of_span(self, first: int, last: int) -> np.ndarray:
         """Return the vocabulary ids int32 of consecutive tokens, both ends included."""

@@ -48,9 +48,10 @@ class Vocabulary:
     def _rows(self, vocab_ids: np.ndarray) -> pa.Array:
         """Return the row of each entry (n,), null where there is none."""
         ascending, rows = self._order
-        places = np.minimum(np.searchsorted(ascending, vocab_ids), max(len(ascending) - 1, 0))
         if not len(ascending):
             return pa.nulls(len(vocab_ids), pa.int64())
+        places = vocab_ids if self._is_gapless else np.searchsorted(ascending, vocab_ids)
+        places = places.clip(0, len(ascending) - 1)
         return pa.array(rows[places], mask=ascending[places] != vocab_ids)
 
     @cached_property
@@ -65,6 +66,11 @@ class Vocabulary:
         vocab_ids = self._table["vocab_id"].to_numpy()
         rows = np.argsort(vocab_ids)
         return vocab_ids[rows], rows
+
+    @cached_property
+    def _is_gapless(self) -> bool:
+        """True if the numbers are 0, 1, 2, …, so that an entry's number is its place."""
+        return np.array_equal(self._order[0], np.arange(self._table.num_rows))
 
     @cached_property
     def _pieces(self) -> pa.Array:
