@@ -111,7 +111,7 @@ class StoredArray:
 
     def _open_shard(self, shard: int) -> Bytes:
         """Raises FileNotFoundError."""
-        return self.storage.open(self.path / "c" / str(shard) / "0" / "0")
+        return self.storage.open(self.path / shard_name(self.array, shard))
 
     def _read_uncompressed(self, start: int, stop: int, raw: np.ndarray) -> None:
         for shard in range(start // self.shard, -(-stop // self.shard)):
@@ -173,6 +173,12 @@ _CHECKED_AT_ONCE = 512 << 10
 
 def _cut_for_checking(memory: np.ndarray) -> list[np.ndarray]:
     return [memory[start : start + _CHECKED_AT_ONCE] for start in range(0, len(memory), _CHECKED_AT_ONCE)]
+
+
+def shard_name(array: zarr.Array[Any], shard: int) -> str:
+    """Return the name of a shard's file. Formats 1 and 2 put each shard into two folders of its own."""
+    metadata: Any = array.metadata
+    return str(metadata.encode_chunk_key((shard, *[0] * (array.ndim - 1))))
 
 
 def _is_uncompressed(array: zarr.Array[Any]) -> bool:

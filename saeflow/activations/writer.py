@@ -20,7 +20,7 @@ import zarr
 from torch import Tensor
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from saeflow.activations.shards import EMPTY_CHUNK, Layout
+from saeflow.activations.shards import EMPTY_CHUNK, Layout, shard_name
 from saeflow.recipe.data_settings import ActivationsConfig
 from saeflow.runtime.devices import to_processor
 from saeflow.runtime.errors import UserError
@@ -80,7 +80,7 @@ class ArrayWriter:
 
     def _open_shard(self) -> _ShardFile:
         number = self.n_rows // self.layout.shard
-        path = self.path / "c" / str(number) / "0" / "0"
+        path = self.path / shard_name(self.array, number)
         return _ShardFile(path, self.layout.shard // self.layout.chunk, self._buffer)
 
     def _end_shard(self) -> None:
@@ -99,7 +99,6 @@ class _ShardFile:
     """A file of chunks, each followed by its checksum, with their index at the end (zarr-specs, sharding-indexed)."""
 
     def __init__(self, path: Path, n_chunks: int, buffer: mmap.mmap) -> None:
-        path.parent.mkdir(parents=True)
         self.path, self.file, self.buffer, self.filled = path, _open_direct(path), buffer, 0
         self.index = np.full((n_chunks, 2), EMPTY_CHUNK, "<u8")
         self.sum, self.crc = xxhash.xxh3_128(), 0
@@ -206,11 +205,15 @@ class CompressedArrayWriter:
 def _create_array(
     path: Path, layout: Layout, dtype: str, compressors: list[Any], write_zeros: bool = False
 ) -> zarr.Array[Any]:
-    """Create the array on disk. bfloat16 is stored as bits in uint16, since Zarr has no such type."""
+    """Create the array on disk. bfloat16 is stored as bits in uint16, since Zarr has no such type.
+
+    Shards lie in the array's folder (`c.0.0.0`): Zarr's own `c/0/0/0` makes two more folders for each.
+    """
     return zarr.create_array(
         path, shape=layout.shape, dtype={"bfloat16": "uint16"}.get(dtype, dtype),
         chunks=(layout.chunk, *layout.shape[1:]), shards=(layout.shard, *layout.shape[1:]),
         compressors=compressors, filters=None, fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
         config={"write_empty_chunks": True} if write_zeros else None,
         attributes={"dtype": dtype}, dimension_names=("sequence", "position", "width"),
     )  # fmt: skip

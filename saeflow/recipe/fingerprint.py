@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from saeflow.recipe.section import Section
 from saeflow.recipe.settings import SAEConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the disk format, written into every artefact (see data/README.md)."""
 
 

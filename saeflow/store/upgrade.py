@@ -37,8 +37,8 @@ def _upgrade(store: Store, artefact: Artefact) -> None:
 
 
 def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> PartRecord:
-    """Return the part under its new name, its files linked, not copied."""
-    if part.format_version == FORMAT_VERSION:
+    """Return the part under its new name, its files linked, not copied. From format 2 on, parts stay as they are."""
+    if part.format_version > 1:
         return part
     folders = ((str(each.kind), p) for each in inputs for p in each.published().parts)
     made_from = {kind: p.folder for kind, p in folders if p.index == part.index}

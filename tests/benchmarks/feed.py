@@ -79,8 +79,8 @@ def mapped_chunks(feed: Feed) -> Callable[[int], list[np.ndarray]]:
     """A block's rows (n, D) where they lie in the shard files: chunk after chunk, each with four bytes of checksum."""
     files = {}
     for part in feed.blocks.parts:
-        folder = feed.target.part_path(part) / SITE.file / "c"
-        shards = sorted(folder.glob("*/0/0"), key=lambda path: int(path.relative_to(folder).parts[0]))
+        folder = feed.target.part_path(part) / SITE.file
+        shards = sorted(folder.glob("c.*"), key=lambda path: int(path.name.split(".")[1]))
         files[part.index] = feed._array(part.index, SITE), [np.memmap(shard, np.uint8, "r") for shard in shards]
 
     def chunks(number: int) -> list[np.ndarray]:

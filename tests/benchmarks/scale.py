@@ -1,6 +1,6 @@
 """A store of 100,000 parts: what every command does before and after its own work, in seconds and bytes of memory.
 
-python -m tests.benchmarks.scale            100,000 parts: 3.5 million files, for half an hour about 20 GB of disk
+python -m tests.benchmarks.scale            100,000 parts: 2.8 million files, for half an hour about 20 GB of disk
 python -m tests.benchmarks.scale --quick    5,000
 python -m tests.benchmarks.scale --records  without asking, which takes as long as all other steps
 python -m tests.benchmarks.scale --keep FOLDER    leaves the store there, and begins with it where it is already

@@ -30,7 +30,7 @@ CLASSES = {
     "blocks of the vocabulary": f"tokens/*/{PART}/vocab_blocks.parquet",
     "documents": f"tokens/*/{PART}/documents.parquet",
     "vocabulary": "tokens/*/vocab.parquet",
-    "shard": f"activations/*/{PART}/*.zarr/c/0/0/0",
+    "shard": f"activations/*/{PART}/*.zarr/c.0.0.0",
     "zarr.json": f"activations/*/{PART}/*.zarr/zarr.json",
     "feature-major": f"features/*/{PART}/feature_major/*/*/000.parquet",
     "token-major": f"features/*/{PART}/token_major/*/*/000.parquet",
@@ -131,7 +131,7 @@ def test_a_run_mends_what_is_missing_without_being_told(name: str, copied: Finis
 def test_collect_makes_exactly_the_damaged_parts_again(copied: Finished) -> None:
     target = Lineage(copied.store, copied.recipe).activations
     parts = target.published().parts
-    flip(target.part_path(parts[1]) / f"{SITE}.zarr" / "c" / "0" / "0" / "0", 99)
+    flip(target.part_path(parts[1]) / f"{SITE}.zarr" / "c.0.0.0", 99)
     before = {part.index: (target.part_path(part) / "part.json").stat().st_mtime_ns for part in parts}
     for found in list(integrity.verify(copied.store, full=True)):
         integrity.repair(found)
@@ -160,7 +160,7 @@ def read_by_encoder(copied: Finished) -> object:
 
 @pytest.mark.parametrize("read", [read_by_feed, read_held_out, read_by_encoder])
 def test_a_deleted_shard_is_never_read_as_zeros(read: Callable[[Finished], object], copied: Finished) -> None:
-    for path in copied.store.root.glob("activations/*/parts/*/*.zarr/c/0/0/0"):
+    for path in copied.store.root.glob("activations/*/parts/*/*.zarr/c.0.0.0"):
         path.unlink()
     with pytest.raises(UserError, match=r"verify --full --repair"):
         read(copied)

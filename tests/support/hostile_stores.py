@@ -323,7 +323,7 @@ for _kind in BESIDE:
 fifo("pipe: list", "tokens/*/generations/*")
 fifo("pipe: vocabulary", "tokens/*/vocab.parquet")
 fifo("pipe: a table", "tokens/*/parts/*/tokens.parquet")
-fifo("pipe: a shard", "activations/*/parts/*/*.zarr/c/*/*/*")
+fifo("pipe: a shard", "activations/*/parts/*/*.zarr/c.*")
 fifo("pipe: zarr.json", "activations/*/parts/*/*.zarr/zarr.json")
 written("catalog: SQL", lambda s: s / "catalog.sql", EVIL)
 written("lease: above", lambda s: lease(s, "lease"), Owner("../../../x", "m", 1, 0.0, "\x1b]0;x\x07", 1.0).text)

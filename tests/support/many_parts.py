@@ -98,7 +98,7 @@ class Many:
             yield self._part(self.tokens, index, self._counts(index), dict.fromkeys(names) | documents, {})
 
     def activation_parts(self, start: int, stop: int) -> Iterator[PartRecord]:
-        shards = [f"{SITE}.zarr/c/{shard}/0/0" for shard in range(self.n_shards)]
+        shards = [f"{SITE}.zarr/c.{shard}.0.0" for shard in range(self.n_shards)]
         size = 2 * self.n_sequences * LENGTH * WIDTH // self.n_shards
         files = {"norms.parquet": None, **dict.fromkeys(shards, size), f"{SITE}.zarr/zarr.json": None}
         for index, part in enumerate(self.tokens.published().parts[start:stop], start):
