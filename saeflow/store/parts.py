@@ -251,7 +251,7 @@ class Parts(Identity):
         listed = {part.folder for part in generation.parts} if generation else set()
         for folder in sorted(self.part_folders() - listed):
             path = self.path / "parts" / folder / "part.json"
-            with contextlib.suppress(Damaged, ValueError, FileNotFoundError):  # such a part is made again
+            with contextlib.suppress(Damaged, ValueError, FileNotFoundError, NotADirectoryError):  # it is made again
                 record = read_record(self.storage.fetch_recorded(path, tuple), PartRecord)
                 if record.folder == folder:
                     yield record

@@ -128,6 +128,15 @@ def test_a_run_mends_what_is_missing_without_being_told(name: str, copied: Finis
     assert tree(copied.store.root) == tree(finished.store.root)
 
 
+def test_files_that_a_file_manager_leaves_in_every_folder_stop_nothing(copied: Finished, finished: Finished) -> None:
+    for folder in [path for path in copied.store.root.rglob("*") if path.is_dir()]:
+        (folder / ".DS_Store").write_bytes(b"Bud1")
+    stages.run(Lineage(copied.store, copied.recipe), quiet())
+    assert [str(found) for found in integrity.verify(copied.store, full=False)] == []
+    kept = {name: content for name, content in tree(copied.store.root).items() if not name.endswith(".DS_Store")}
+    assert kept == tree(finished.store.root)
+
+
 def test_collect_makes_exactly_the_damaged_parts_again(copied: Finished) -> None:
     target = Lineage(copied.store, copied.recipe).activations
     parts = target.published().parts

@@ -98,11 +98,12 @@ def test_without_tolerance_a_row_that_fired_once_never_sleeps():
     assert wakefulness.awake_until[1] >= 10**9
 
 
-def test_a_vector_takes_the_steps_of_torch_adam():
+@pytest.mark.parametrize("beta2", [0.999, 0.0])
+def test_a_vector_takes_the_steps_of_torch_adam(beta2):
     generator = torch.Generator().manual_seed(2)
     weights, m, v = torch.randn(1500, generator=generator), torch.zeros(1500), torch.zeros(1500)
     wanted = weights.double()
-    adam, clock = torch.optim.Adam([wanted], lr=LR), AdamClock(AdamSettings())
+    adam, clock = torch.optim.Adam([wanted], lr=LR, betas=(0.9, beta2)), AdamClock(AdamSettings(beta2=beta2))
     clock.lr.fill_(LR)
     for _ in range(5):
         gradient = torch.randn(1500, generator=generator)

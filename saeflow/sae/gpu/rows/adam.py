@@ -59,7 +59,7 @@ class AdamSettings:
     @property
     def fade(self) -> float:
         """rho: by what a move shrinks with each step without a gradient, at least."""
-        return self.beta1 / math.sqrt(self.beta2)
+        return self.beta1 / math.sqrt(self.beta2) if self.beta2 else math.inf
 
     @property
     def most_ratio(self) -> float:
