@@ -45,6 +45,9 @@ select token_id, vocab_id, length from $left_out;
 create or replace view src_documents as
 select * from $documents;
 
+create or replace view src_hidden_values as
+select first_token_id, last_token_id from $hidden_values;
+
 create or replace view src_hidden as
 select unnest($hidden::bigint[]) as document_id;
 

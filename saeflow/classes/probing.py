@@ -189,12 +189,19 @@ def estimate(
     n_values = sum(part.count("n_values") for part in run.artefact.published().parts)
     if n_values <= QUICK_VALUES or not run.shape["has_sample"] or made.complete():
         return None
+    if _sampled_documents(store, run) < FEWEST_DOCUMENTS:
+        return None
     spans = read_spans(annotations, settings.classes)
     _require_room_for_scores(int(run.artefact.fact("n_features")), len(spans.classes))
     members = members_of(store, run, spans, sampled=True)
     if members.n_documents < FEWEST_DOCUMENTS:
         return None
     return score_tables(run, name, members, settings, threads, values="sample")
+
+
+def _sampled_documents(store: Store, run: Run) -> int:
+    with connect(store, run.schema, names=("stg_sample_documents",)) as connection:
+        return int(connection.sql("select count(*) from stg_sample_documents where n_tokens > 0").fetchall()[0][0])
 
 
 def score_tables(

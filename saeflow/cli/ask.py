@@ -8,8 +8,9 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,6 +82,11 @@ class Reply:
     @property
     def is_table_on_screen(self) -> bool:
         return self.output is None and self.form == "table"
+
+    @property
+    def is_watched(self) -> bool:
+        """True if a person sees the rows: then an estimate before them is of use, and no program reads it."""
+        return self.is_table_on_screen and sys.stdout.isatty()
 
     def write(self, find: Callable[[int | None], pa.Table], default_limit: int | None) -> pa.Table:
         """Find the rows, write and return them.
@@ -187,12 +193,11 @@ def ask_command(
             return _write_text(as_statement(connection, chosen, values, limit), output)
         readings = supply(opened, current, connection, chosen, values)
         estimate = None
-        if not exact and reply.is_table_on_screen:
+        if not exact and reply.is_watched:
             estimate = estimate_of(connection, chosen, values, readings)
         if estimate:
-            print_note(_ESTIMATE)
-            reply.write(lambda most: ask(connection, *estimate, most, readings, current), None if "n" in given else 20)
-            print_note("The exact answer:")
+            _show_estimate(reply, partial(ask, connection, readings=readings, run=current), *estimate, "n" in given)
+            watch.spent(opened.storage)
 
         def find(most: int | None) -> pa.Table:
             table = ask(connection, question, values, most, readings, current)
@@ -206,9 +211,25 @@ def ask_command(
     return None
 
 
+def _show_estimate(
+    reply: Reply, ask: Callable[..., pa.Table], question: str, values: Mapping[str, Any], says_how_many: bool
+) -> None:
+    from saeflow.query.questions import find_question
+
+    takes_n = any(parameter.name == "n" for parameter in find_question(question).parameters)
+
+    def find(most: int | None) -> pa.Table:
+        wanted = {"n": most} if takes_n and most and not says_how_many else {}
+        return ask(question, {**values, **wanted}, most)
+
+    print_note(_ESTIMATE)
+    reply.write(find, None if says_how_many else 20)
+    print_note("The exact answer:")
+
+
 _ESTIMATE = (
-    "Approximate, from a sample of a 64th of the documents: of 100 samples, 95 have the true number from low to high. "
-    "All values are counted next; Ctrl-C ends that."
+    "Approximate, from a sample of a 64th of the documents: of 100 samples, 95 have the true number between the ends "
+    "shown. All values are counted next; Ctrl-C ends that."
 )
 _LIKE_AN_OPTION = "A text that begins with -- is given by its name: --text=--word."
 

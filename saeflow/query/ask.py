@@ -38,6 +38,7 @@ DEEPEST_SQL = 200
 
 _BRACKETS = re.compile(r"'(?:[^']|'')*'|[()\[\]]")
 _ABOUT_SOURCES = {"compare_sources", "source_contrast", "contrast_within", "approximate_contrast_within"}
+_ABOUT_ROLES = {"features_by_role", "approximate_features_by_role"}
 _ABOUT_RUNS = {"compare_runs", "correlate_runs", "split_features"}
 _SOURCES = ("stg_documents", "stg_document_places")
 _READ_TO_RESOLVE = {
@@ -54,8 +55,8 @@ _NAMES = {
         "select role from stg_tokens where role is not null group by role order by levenshtein(role, ?), role limit 20",
     ),
     "document_key": (
-        "select 1 from stg_document_places where key = ? and not is_hidden",
-        "select key from stg_document_places where not is_hidden order by levenshtein(key, ?), key limit 20",
+        "select 1 from stg_document_places where key = ?",
+        "select key from stg_document_places order by levenshtein(key, ?), key limit 20",
     ),
     "annotation": (
         "select 1 from stg_spans where annotation = ? limit 1",
@@ -102,7 +103,7 @@ def ask(
     if limit is not None:
         sql, values = f"{sql} limit ?", [*values, limit]
     with _registered(connection, readings), _only_files_for(connection, chosen, given, run):
-        return _fetch(connection, sql, values, chosen.name, short=chosen.is_macro)
+        return fetch(connection, sql, values, chosen.name, short=chosen.is_macro)
 
 
 def _only_files_for(
@@ -132,7 +133,7 @@ def query(
     """Run one statement that only reads. Anything else is refused before it runs."""
     _refuse_nonsense(sql)
     _refuse_writes(connection, sql, parameters)
-    return _fetch(connection, sql, parameters, "The query", limit)
+    return fetch(connection, sql, parameters, "The query", limit)
 
 
 def planned(connection: duckdb.DuckDBPyConnection, sql: str) -> duckdb.DuckDBPyRelation:
@@ -147,7 +148,7 @@ def names_read(question: Question, values: Mapping[str, Value]) -> frozenset[str
     given = [name for name, value in values.items() if value is not None]
     found = {question.name}.union(*(_READ_TO_RESOLVE.get(name, ()) for name in given))
     found |= {*_SOURCES} if question.name in _ABOUT_SOURCES else {"stg_runs"} if question.name in _ABOUT_RUNS else set()
-    return frozenset(found)
+    return frozenset(found | ({"stg_tokens"} if question.name in _ABOUT_ROLES else set()))
 
 
 def resolve_names(
@@ -165,6 +166,8 @@ def resolve_names(
     texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
     if question.name in _ABOUT_SOURCES:
         _refuse_unknown_sources(connection, [str(values[name]) for name in ("a", "b")])
+    for role in (values[name] for name in ("a", "b") if question.name in _ABOUT_ROLES):
+        _refuse_unknown_name(connection, "role", role)
     if question.name in _ABOUT_RUNS:
         return {name: _schema_of_run(connection, str(v)) if name in texts else v for name, v in values.items()}
     return dict(values)
@@ -174,7 +177,7 @@ def as_statement(
     connection: duckdb.DuckDBPyConnection, question: Question, values: Mapping[str, Value], limit: int | None = None
 ) -> str:
     """Return the question as SQL with its values filled in, for any shell. The statement is planned, not run."""
-    schema = _fetch(connection, "select current_schema()", (), "The run").column(0)[0].as_py()
+    schema = fetch(connection, "select current_schema()", (), "The run").column(0)[0].as_py()
     sql = question.as_sql(values, schema) + (f" limit {limit}" if limit is not None else "")
     _refuse_writes(connection, sql, ())
     return f"{sql};"
@@ -184,18 +187,18 @@ def _refuse_unknown_features(connection: duckdb.DuckDBPyConnection, features: Se
     if not features:
         return
     sql = "select coalesce((select n_features - 1 from stg_shape), (select max(feature_id) from stg_feature_stats))"
-    last = _fetch(connection, sql, (), "The number of features", short=True).column(0)[0].as_py()
+    last = fetch(connection, sql, (), "The number of features", short=True).column(0)[0].as_py()
     for feature in features:
         if last is not None and not (isinstance(feature, int) and 0 <= feature <= last):
             raise UserError(f"There is no feature {feature}; features go from 0 to {last}.")
 
 
 def _refuse_unknown_sources(connection: duckdb.DuckDBPyConnection, sources: Sequence[str]) -> None:
-    places = "select distinct source from stg_document_places where not is_hidden"  # in memory, unlike the documents
-    if not sources or {*sources} <= {*_fetch(connection, places, (), "The sources", short=True).column(0).to_pylist()}:
+    places = "select distinct source from stg_document_places"  # in memory, unlike the documents
+    if not sources or {*sources} <= {*fetch(connection, places, (), "The sources", short=True).column(0).to_pylist()}:
         return
     sql = "select distinct source from stg_documents where source is not null order by source"
-    known: list[str] = _fetch(connection, sql, (), "The list of sources").column(0).to_pylist()
+    known: list[str] = fetch(connection, sql, (), "The list of sources").column(0).to_pylist()
     for wrong in (source for source in sources if source not in known):
         hint = did_you_mean(wrong, known)
         if hint.startswith("There are") and len(known) > _SOURCES_SHOWN:
@@ -205,16 +208,16 @@ def _refuse_unknown_sources(connection: duckdb.DuckDBPyConnection, sources: Sequ
 
 def _refuse_unknown_name(connection: duckdb.DuckDBPyConnection, parameter: str, value: Value) -> None:
     find, nearest = _NAMES[parameter]
-    if value is None or _fetch(connection, find, [value], parameter, short=True).num_rows:
+    if value is None or fetch(connection, find, [value], parameter, short=True).num_rows:
         return
-    hint = did_you_mean(str(value), _fetch(connection, nearest, [value], parameter).column(0).to_pylist())
+    hint = did_you_mean(str(value), fetch(connection, nearest, [value], parameter).column(0).to_pylist())
     raise UserError(f"There is no {parameter.removesuffix('_key')} {brief(str(value))!r}. {sanitise(hint)}")
 
 
 def _schema_of_run(connection: duckdb.DuckDBPyConnection, run: str) -> str:
     """Return the schema of the run that has this name, in any spelling."""
     sql = "select schema_name, name, fp from stg_runs where problem is null"
-    known = _fetch(connection, sql, (), "The list of runs").to_pylist()
+    known = fetch(connection, sql, (), "The list of runs").to_pylist()
     for row in sorted(known, key=lambda row: bool(row["schema_name"] != run)):
         full = f"{row['name']}-{row['fp']}"
         if run in (row["schema_name"], full, f"{row['name']}_{row['fp']}", f"features/{full}"):
@@ -248,10 +251,10 @@ def _refuse_writes(connection: duckdb.DuckDBPyConnection, sql: str, parameters: 
         raise UserError("Only one statement that reads is run here: select, with, from, values, describe or explain.")
 
 
-def _fetch(
+def fetch(
     connection: duckdb.DuckDBPyConnection,
     sql: str,
-    parameters: Sequence[object],
+    parameters: Sequence[object] | Mapping[str, object],
     what: str,
     limit: int | None = None,
     short: bool = False,
@@ -268,7 +271,11 @@ def _fetch(
 
 
 def _fetch_rows(
-    connection: duckdb.DuckDBPyConnection, sql: str, parameters: Sequence[object], limit: int | None, short: bool
+    connection: duckdb.DuckDBPyConnection,
+    sql: str,
+    parameters: Sequence[object] | Mapping[str, object],
+    limit: int | None,
+    short: bool,
 ) -> pa.Table:
     if short:
         return connection.execute(sql, parameters or None).to_arrow_table()

@@ -27,6 +27,7 @@ from saeflow.query.files.relations import (
     outline,
     parts_relation,
     probe_relation,
+    ranges_relation,
     relations,
     side_by_side,
     spans_relation,
@@ -158,6 +159,7 @@ def source_views(
     shape = {name: literal(value) for name, value in run.shape.items()}
     found = relations(run.files, run.left_out, run.hidden, lists)
     found["parts"] = parts_relation(run.parts)
+    found["hidden_values"] = ranges_relation(run.left_out)
     found["annotations"] = spans_relation(run.annotations)
     found |= {table: probe_relation(run.probes, table) for table in PROBE_TABLES}
     if run.labels:

@@ -9,7 +9,7 @@
 with wanted as materialized (
     select document_id, first_token_id
     from stg_document_places as places
-    where is_sampled(places.key) and not is_hidden and (select has_sample from stg_shape)
+    where is_sampled(places.key) and (select has_sample from stg_shape)
 ),
 owners as materialized (
     select token_id, tokens.document_id from stg_tokens as tokens semi join wanted using (document_id) where mask

@@ -1,7 +1,7 @@
 -- The number of tokens, drawn one by one, that would tell a share as well as the tokens of a sample of documents do.
 --
 -- Grain:   scalar.
--- Reads:   nothing
+-- Reads:   t_quantile
 -- Units:   share is that of n_seen tokens in n_documents documents; squares is the sum over the documents of
 --          (hits - share * tokens)^2. The variance of the share is n / (n - 1) * squares / n_seen^2, n documents: that
 --          of a ratio estimator whose clusters are documents (Cochran 1977, chapter 6). The size is share * (1 - share)
@@ -20,6 +20,6 @@ case
                     (n_seen)
                 )
             else (n_documents)
-        end * pow(((n_documents) - 1) / ((n_documents) - 1 + 1.21), 2)
+        end * pow(1.96 / t_quantile(n_documents), 2)
     else 0.0
 end;

@@ -1,4 +1,4 @@
--- True if a document is in the sample of which each part stores the values apart: a 64th of all documents.
+-- True if a document is in the sample. Each part stores the sample's values apart: a 64th of all documents.
 --
 -- Grain:   scalar.
 -- Reads:   nothing

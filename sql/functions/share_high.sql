@@ -7,9 +7,12 @@
 create or replace macro share_high(n_hits, n_all) as
 case
     when (n_all) > 0
-        then (
-            (n_hits) + 1.9208
-            + 1.96 * sqrt((n_hits)::double * ((n_all)::double - (n_hits)::double) / (n_all)::double + 0.9604)
-        ) / ((n_all) + 3.8416)
+        then least(
+            (
+                (n_hits) + 1.9208
+                + 1.96 * sqrt((n_hits)::double * ((n_all)::double - (n_hits)::double) / (n_all)::double + 0.9604)
+            ) / ((n_all) + 3.8416),
+            1.0
+        )
     else 1.0
 end;

@@ -1,8 +1,8 @@
 -- Features that fire together with a feature, counted in a sample of documents: a quick estimate of coactivation.
 --
 -- Grain:   one row per other feature that fires there at least once, the largest jaccard_low first; at most n.
--- Reads:   stg_sample, stg_sample_documents, stg_feature_stats, every_part_has_sample, effective_size, share_low,
---          share_high, jaccard_index
+-- Reads:   stg_sample, stg_sample_documents, stg_feature_stats, every_part_has_sample, no_value_is_hidden,
+--          effective_size, share_low, share_high, jaccard_index
 -- Units:   n_both estimates the tokens at which both fire; 95 of 100 samples have the true number from low to high.
 --          jaccard, jaccard_low and jaccard_high follow from these. The sample is a 64th of the documents, those of
 --          is_sampled: n_seen counts its tokens at which both fire, n_documents its documents in which the feature
@@ -16,7 +16,7 @@
 create or replace macro approximate_coactivation(feature, n := 20) as table
 with firing as materialized (
     select mine.token_id, places.first_token_id as owner
-    from (select token_id from stg_sample where feature_id = feature and every_part_has_sample()) as mine
+    from (select token_id from stg_sample where feature_id = feature) as mine
     asof join stg_sample_documents as places on mine.token_id >= places.first_token_id
 ),
 seen as materialized (
@@ -25,6 +25,7 @@ seen as materialized (
 own as materialized (
     select sum(seen.n_tokens)::bigint as n_seen, count(*) as n_documents, sum(pow(seen.n_tokens, 2)) as squares
     from seen
+    having every_part_has_sample() and no_value_is_hidden()
 ),
 counts as (
     select feature_id as other_id, count(*) as n_both

@@ -2,7 +2,7 @@
 --
 -- Grain:   one row.
 -- Reads:   stg_sample, stg_sample_documents, stg_feature_stats, same_length, is_beyond, every_part_has_sample,
---          effective_size, share_low, share_high
+--          no_value_is_hidden, effective_size, share_low, share_high
 -- Units:   n_tokens estimates that of count_where_all; 95 of 100 samples have the true number from low to high.
 --          n_tokens = n_rarest * n_seen / (tokens of the sample at which the rarest of the features fires), n_rarest
 --          being exact; null if it does not fire in the sample. Sample, interval and the other columns are those of
@@ -15,7 +15,7 @@ with wanted as materialized (
         unnest(features::bigint[])                as feature_id,
         unnest(thresholds::double[])              as threshold,
         unnest(generate_series(1, len(features))) as place
-    where same_length(features, thresholds) and every_part_has_sample()
+    where same_length(features, thresholds) and every_part_has_sample() and no_value_is_hidden()
 ),
 rarest as materialized (
     select feature_id, n_tokens as n_rarest

@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per feature that fires there on a chosen token, at most n, the largest score_low first.
 -- Reads:   stg_tokens_encoded, stg_sample_places, stg_sample, stg_feature_stats, stg_size, feature_names,
---          every_part_has_sample, effective_size, share_low, share_high, telling_bits
+--          every_part_has_sample, ratio_squares, effective_size, share_low, share_high, telling_bits
 -- Units:   the columns are those of features_of_selection, whose figures they estimate. 95 of 100 samples have the true
 --          n_tokens from low to high; rest_share, lift and the scores follow from these. The sample is that of
 --          approximate_coactivation: n_seen counts its chosen tokens at which the feature fires, n_documents its
@@ -69,7 +69,7 @@ shares as (
         sums.sum_value / n_seen      as mean_value,
         n_seen / n_found             as share,
         effective_size(
-            share, hit_squares - 2 * share * hits_by_tokens + pow(share, 2) * squares, n_found, n_documents
+            share, ratio_squares(share, hit_squares, hits_by_tokens, squares), n_found, n_documents
         )                            as size
     from sums
     cross join own
@@ -78,9 +78,10 @@ ends as (
     select
         *,
         stats.n_tokens                                                                         as n_feature,
-        least(round(n_mine * share), n_feature)::bigint                                        as estimate,
-        least(greatest(floor(n_mine * share_low(share * size, size)), n_seen), n_feature)::bigint as low,
-        least(ceil(n_mine * share_high(share * size, size)), n_feature)::bigint                as high
+        least(greatest(n_seen, n_feature - n_others), n_mine)                                  as fewest,
+        least(greatest(round(n_mine * share), fewest), n_feature)::bigint                      as estimate,
+        least(greatest(floor(n_mine * share_low(share * size, size)), fewest), n_feature)::bigint as low,
+        least(greatest(ceil(n_mine * share_high(share * size, size)), fewest), n_feature)::bigint as high
     from shares
     join stg_feature_stats as stats using (feature_id)
     cross join sizes
@@ -88,10 +89,10 @@ ends as (
 scored as (
     select
         *,
-        n_feature - estimate                                              as n_rest,
-        telling_bits(estimate, n_mine, n_feature - estimate, n_others) as score,
-        telling_bits(low, n_mine, n_feature - low, n_others)           as at_low,
-        telling_bits(high, n_mine, n_feature - high, n_others)         as at_high
+        least(n_feature - estimate, n_others)                                           as n_rest,
+        telling_bits(estimate, n_mine, least(n_feature - estimate, n_others), n_others) as score,
+        telling_bits(low, n_mine, least(n_feature - low, n_others), n_others)           as at_low,
+        telling_bits(high, n_mine, least(n_feature - high, n_others), n_others)         as at_high
     from ends
 )
 select

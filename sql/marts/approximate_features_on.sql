@@ -2,15 +2,16 @@
 --
 -- Grain:   one row per feature that fires there on a token of the text, at most n, the largest score_low first.
 -- Reads:   tokens_of_text, is_encoded, stg_sample_places, stg_sample, stg_feature_stats, stg_size, feature_names,
---          every_part_has_sample, effective_size, share_low, share_high, t_quantile, telling_score, strength,
---          usual_strength
+--          every_part_has_sample, ratio_squares, effective_size, share_low, share_high, t_quantile, telling_score,
+--          strength, usual_strength
 -- Units:   the columns are those of features_on, whose figures they estimate; density is exact. 95 of 100 samples have
 --          the true n_tokens from low to high, and the true score from score_low to score_high. The sample is that of
 --          approximate_coactivation: n_seen counts its tokens of the text at which the feature fires, n_documents its
 --          documents that have the text. share is that of the sample, and n_tokens = share * (tokens of the text in
 --          the corpus). Its interval is that of a share (Wilson 1927) with the effective_size of so many documents.
 --          That of score is score -+ t_quantile standard errors of a ratio estimator whose clusters are documents
---          (Cochran 1977, chapter 6). Both are those of a feature chosen beforehand.
+--          (Cochran 1977, chapter 6): both ends are null if a single document has the text. Both intervals are those
+--          of a feature chosen beforehand.
 -- Parameters: text text, n bigint = 20
 -- Ask it:  which features mean Jerusalem, about?  from approximate_features_on('Jerusalem')
 create or replace macro approximate_features_on(text, n := 20) as table
@@ -81,11 +82,11 @@ shares as (
         n_hits / own.n_found         as share,
         sum_peak / own.n_places      as peak,
         effective_size(
-            share, hit_squares - 2 * share * hits_by_tokens + pow(share, 2) * token_squares, own.n_found, n_documents
+            share, ratio_squares(share, hit_squares, hits_by_tokens, token_squares), own.n_found, n_documents
         )                            as size,
         t_quantile(n_documents) * sqrt(
             n_documents / (n_documents - 1)
-            * greatest(peak_squares - 2 * peak * peaks_by_places + pow(peak, 2) * place_squares, 0)
+            * ratio_squares(peak, peak_squares, peaks_by_places, place_squares)
         ) / own.n_places             as peak_error,
         n_everywhere,
         n_documents
@@ -121,7 +122,7 @@ select
     share / density                                                    as lift,
     peak / usual                                                       as strength,
     telling_score(peak / usual, density)                               as score,
-    telling_score(greatest(peak - peak_error, 0) / usual, density)     as score_low,
+    telling_score(if(peak_error is null, null, greatest(peak - peak_error, 0)) / usual, density) as score_low,
     telling_score((peak + peak_error) / usual, density)                as score_high,
     n_hits                                                             as n_seen,
     n_documents

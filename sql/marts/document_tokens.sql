@@ -18,7 +18,7 @@ create or replace macro document_tokens(
 with document as materialized (
     select places.first_token_id, places.end_token_id
     from stg_document_places as places
-    where places.key = document_key and not places.is_hidden
+    where places.key = document_key
 ),
 mine as materialized (
     select

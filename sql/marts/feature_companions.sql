@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per other feature that fires at one of its tokens, the largest Jaccard index first; at most n.
 -- Reads:   under_filter_of_feature, under_filter_stored, under_filter_weights, under_filter_total, stg_coactivation,
---          stg_feature_stats, stg_parts, stg_document_places, stg_token_major, feature_names, jaccard_index,
+--          stg_feature_stats, stg_parts, stg_hidden_values, stg_token_major, feature_names, jaccard_index,
 --          mutual_information
 -- Units:   n_both counts the tokens of the filter at which both fire, n_feature those of the feature (above the
 --          threshold), n_other those of the other feature (at any value), N all encoded tokens that the filter lets
@@ -46,7 +46,7 @@ stored as materialized (
         and coalesce(source, document_key, since, until, role) is null
         and coalesce(with_feature, without_feature) is null
         and (select n_parts from stg_parts) = 1
-        and not exists (from stg_document_places where is_hidden)
+        and not exists (from stg_hidden_values)
 ),
 -- Empty if the stored counts serve: then no value is read.
 read as (

@@ -11,21 +11,21 @@
 -- Ask it:  what does the assistant's voice have that the user's has not?  from features_by_role('assistant', 'user')
 create or replace macro features_by_role(a, b) as table
 with spoken as materialized (
-    select token_id, role = a as is_a
+    select token_id, role = a as is_a, role = b as is_b
     from stg_tokens
     semi join stg_tokens_encoded using (token_id)
     where role in (a, b)
 ),
 totals as (
-    select count(*) filter (where is_a) as tokens_a, count(*) filter (where not is_a) as tokens_b from spoken
+    select count(*) filter (where is_a) as tokens_a, count(*) filter (where is_b) as tokens_b from spoken
 ),
 firing as (
     select
         feature_id,
         count(*) filter (where is_a)        as n_a,
-        count(*) filter (where not is_a)    as n_b,
+        count(*) filter (where is_b)        as n_b,
         avg(value) filter (where is_a)      as mean_a,
-        avg(value) filter (where not is_a)  as mean_b
+        avg(value) filter (where is_b)      as mean_b
     from stg_token_major
     join spoken using (token_id)
     group by feature_id

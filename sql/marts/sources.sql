@@ -13,7 +13,6 @@ with sizes as (
         count(*)                                    as n_documents,
         sum(end_token_id - first_token_id)::bigint  as n_tokens
     from stg_document_places as places
-    where not is_hidden
     group by places.source
 ),
 mains as (

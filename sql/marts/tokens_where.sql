@@ -20,5 +20,5 @@ from hits
 asof join stg_document_places as places on hits.token_id >= places.first_token_id
 join stg_vocab using (vocab_id)
 cross join stg_shape
-where token_id < end_token_id and not is_hidden
+where token_id < end_token_id
 order by token_id;

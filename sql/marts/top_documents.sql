@@ -23,7 +23,7 @@ select
     min_by(token_id, (-strength(value), -value, token_id))         as top_token_id
 from firing
 asof join stg_document_places on firing.token_id >= stg_document_places.first_token_id
-where token_id < end_token_id and not is_hidden
+where token_id < end_token_id
 group by document_id, key, source
 order by sum(strength(value)) desc, min(first_token_id)
 limit n;

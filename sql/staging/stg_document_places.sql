@@ -1,7 +1,7 @@
--- The tokens that belong to each document, hidden documents too, and when it was written.
+-- The tokens that belong to each document, and when it was written.
 --
--- Grain:   one row per document with tokens.
--- Reads:   src_documents, src_hidden, as_timestamp
+-- Grain:   one row per visible document with tokens.
+-- Reads:   src_documents (forgotten and replaced documents are left out), as_timestamp
 -- Units:   a document has the tokens from first_token_id to end_token_id - 1. A token belongs to the last document that
 --          begins at or before it, if the token is not beyond that document's end. written is in UTC: the first of the
 --          metadata date, published, published_at, created, created_at, created_utc, timestamp, datetime, time and year
@@ -14,7 +14,6 @@ select
     dated.source,
     first_token_id,
     first_token_id + n_tokens                   as end_token_id,
-    document_id in (select document_id from src_hidden) as is_hidden,
     coalesce(
         as_timestamp("date"::varchar),
         as_timestamp(published::varchar),

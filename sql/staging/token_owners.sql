@@ -16,4 +16,4 @@ select
 from (select unnest(ids)::bigint as token_id) as wanted
 asof join stg_document_places as places on wanted.token_id >= places.first_token_id
 cross join stg_shape
-where token_id < end_token_id and not is_hidden;
+where token_id < end_token_id;

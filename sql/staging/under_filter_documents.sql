@@ -8,8 +8,7 @@
 create or replace macro under_filter_documents(source, document_key, since, until) as table
 select places.*
 from stg_document_places as places
-where not places.is_hidden
-    and (source is null or places.source = source)
+where (source is null or places.source = source)
     and (document_key is null or places.key = document_key)
     and (since is null or places.written >= filter_date('since', since))
     and (until is null or places.written < filter_date('until', until));

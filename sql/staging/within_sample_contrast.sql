@@ -1,7 +1,8 @@
 -- How differently each feature fires in two roles or sources, counted in the sample of documents.
 --
 -- Grain:   one row per feature that fires in either of the two there, in no order.
--- Reads:   within_sample, stg_sample, every_part_has_sample, effective_size, share_low, share_high, cohens_h
+-- Reads:   within_sample, stg_sample, every_part_has_sample, ratio_squares, effective_size, share_low, share_high,
+--          cohens_h
 -- Units:   rate is a share of the sampled tokens of the role, or source; null if it has none. Its interval is that of a
 --          share (Wilson 1927) with the effective_size of its n_documents documents. The interval of cohens_h is put
 --          together from those of the rates on the scale of h (Newcombe 1998), with the correlation of what each
@@ -66,8 +67,8 @@ spread as (
         own.*,
         n_a / nullif(all_a, 0) as rate_a,
         n_b / nullif(all_b, 0) as rate_b,
-        greatest(hits_aa - 2 * rate_a * hit_size_aa + rate_a * rate_a * sizes_aa, 0) as squares_a,
-        greatest(hits_bb - 2 * rate_b * hit_size_bb + rate_b * rate_b * sizes_bb, 0) as squares_b,
+        ratio_squares(rate_a, hits_aa, hit_size_aa, sizes_aa) as squares_a,
+        ratio_squares(rate_b, hits_bb, hit_size_bb, sizes_bb) as squares_b,
         hits_ab - rate_b * hit_size_ab - rate_a * hit_size_ba + rate_a * rate_b * sizes_ab as products
     from sums
     cross join own
@@ -78,9 +79,9 @@ sizes as (
         effective_size(coalesce(rate_a, 0), squares_a, all_a, n_documents_a) as a_size,
         effective_size(coalesce(rate_b, 0), squares_b, all_b, n_documents_b) as b_size,
         share_low(coalesce(rate_a, 0) * a_size, a_size)   as rate_a_low,
-        least(share_high(coalesce(rate_a, 0) * a_size, a_size), 1.0) as rate_a_high,
+        share_high(coalesce(rate_a, 0) * a_size, a_size)  as rate_a_high,
         share_low(coalesce(rate_b, 0) * b_size, b_size)   as rate_b_low,
-        least(share_high(coalesce(rate_b, 0) * b_size, b_size), 1.0) as rate_b_high,
+        share_high(coalesce(rate_b, 0) * b_size, b_size)  as rate_b_high,
         case
             when squares_a > 1e-9 and squares_b > 1e-9
                 then greatest(least(products / sqrt(squares_a * squares_b), 1), -1)

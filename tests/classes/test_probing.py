@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -266,9 +267,17 @@ def test_an_estimate_has_the_figures_of_all_tokens_of_sampled_documents(sampled,
     assert estimate(sampled, run, "words", settings) is None  # the exact figures are there
 
 
+def test_without_a_sampled_document_a_probe_is_not_estimated(sampled, monkeypatch):
+    monkeypatch.setattr(probing, "QUICK_VALUES", 1_000)
+    monkeypatch.setattr(probing, "_SAMPLED_TOKENS", "select 1 where false")  # would be refused as no tokens
+    monkeypatch.setattr(probing, "FEWEST_DOCUMENTS", 10_000)
+    assert estimate(sampled, pick_run(sampled, runs(sampled), None), "words", ProbeSettings(replicates=20)) is None
+
+
 def test_the_command_prints_figures_of_the_sample_first_unless_told_to_wait(saeflow: Command, sampled, monkeypatch):
     monkeypatch.setattr(probing, "QUICK_VALUES", 1_000)
-    for options, is_first in ((["--exact", "--seed", "1"], False), (["--seed", "2"], True)):
+    for options, is_first in ((["--seed", "3"], False), (["--exact", "--seed", "1"], False), (["--seed", "2"], True)):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda on_terminal="3" not in options: on_terminal)
         said = saeflow("probe", "words", "--store", sampled.root, *options)
         assert said.code == 0, said.err
         assert ("Approximate" in said.err) == is_first

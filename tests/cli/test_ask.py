@@ -397,6 +397,9 @@ def test_an_estimate_is_shown_before_the_exact_answer_unless_only_that_is_wanted
     quick = saeflow(*words)
     assert "Approximate" not in quick.err
     monkeypatch.setattr(approximation, "CHEAP_VALUES", 0)
+    piped = saeflow(*words)
+    assert ("Approximate" in piped.err, piped.out) == (False, quick.out)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     said = saeflow(*words)
     assert "Approximate, from a sample of a 64th of the documents" in said.err
     assert "low" in said.out.removesuffix(quick.out)

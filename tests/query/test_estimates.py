@@ -11,12 +11,17 @@ import duckdb
 import pyarrow as pa
 import pytest
 
-from saeflow.query.ask import ask
+from saeflow.corpus.selection import TokenSelection
+from saeflow.features import compaction
+from saeflow.query.ask import ask, query, resolve_names
 from saeflow.query.connection import connect
 from saeflow.query.outside import approximation
 from saeflow.query.outside.approximation import estimate_of
 from saeflow.query.questions import find_question, parse_arguments
 from saeflow.runtime.errors import UserError
+from saeflow.store.records import Hidden
+from saeflow.store.store import Store
+from tests.benchmarks import _made_run
 from tests.query.test_approximation import (
     DOCUMENT_TOKENS,
     N_DOCUMENTS,
@@ -26,6 +31,7 @@ from tests.query.test_approximation import (
     sampled_world,
     small,
 )
+from tests.support.small_pipeline import quiet
 from tests.support.small_store import Document, Given
 
 CHOSEN = pa.array(range(0, N_DOCUMENTS * DOCUMENT_TOKENS, 3))
@@ -39,7 +45,7 @@ ASKED: dict[str, dict[str, Any]] = {
 
 INTERVALS = {
     "features_on": [("n_tokens", "low", "high"), ("score", "score_low", "score_high")],
-    "features_of_selection": [("n_tokens", "low", "high")],
+    "features_of_selection": [("n_tokens", "low", "high"), ("score", "score_low", "score_high")],
     **dict.fromkeys(
         ("features_by_role", "contrast_within"),
         [(rate, f"{rate}_low", f"{rate}_high") for rate in ("rate_a", "rate_b")] + [("cohens_h", "h_low", "h_high")],
@@ -194,10 +200,132 @@ def test_a_range_that_cuts_parts_is_estimated_unless_few_features_are_listed(tmp
         assert estimate(connection, "contrast_within", a="s", b="t", since="1830") is None, "a whole part"
 
 
-def test_estimates_need_a_sample_in_every_part(tmp_path):
-    with small(tmp_path, without_sample=[1], roles={0: "user", 1: "assistant"}) as connection:
+@pytest.mark.parametrize("without", [[1], [0, 1]], ids=["one part", "all parts"])
+def test_estimates_need_a_sample_in_every_part(tmp_path, without):
+    documents = [Document(key, "st"[i % 2], [b"x"] * 4) for i, key in enumerate(SAMPLED[:60])]
+    roles = {token: ("user", "assistant")[token % 2] for token in range(240)}
+    with small(tmp_path, without_sample=without, documents=documents, roles=roles) as connection:
         for question, arguments in {
             "features_on": ["x"], "features_by_role": ["user", "assistant"], "features_of_selection": ["", [1, 2]],
+            "contrast_within": ["s", "t"], "coactivation": [0], "count_where_all": [[0, 1], [0, 0]],
         }.items():  # fmt: skip
             with pytest.raises(UserError, match="stored no sample: saeflow compact stores it"):
                 ask(connection, f"approximate_{question}", arguments)
+
+
+def test_a_share_has_no_upper_end_above_one(planted):
+    _, connection = planted
+    rows = query(connection, "select max(share_high(n, n)) as high from (select unnest(range(1, 3000)) as n)")
+    assert rows.to_pylist() == [{"high": 1.0}]
+
+
+def test_scores_of_a_dense_feature_in_a_large_selection_are_numbers(tmp_path):
+    """A feature that fires nearly everywhere cannot fire on fewer chosen tokens than the others leave over."""
+    fires = [t for t in range(320) if t % 53]
+    chosen = [t for t in range(320) if t % 10]
+    with small(tmp_path, values=[(t, 0, 1.0) for t in fires]) as connection:
+        (exact,) = ask(connection, "features_of_selection", {"tokens": chosen}).to_pylist()
+        (row,) = ask(connection, "approximate_features_of_selection", {"tokens": chosen}).to_pylist()
+    assert len(fires) - (320 - len(chosen)) <= row["low"] <= row["n_tokens"] <= row["high"] <= len(chosen)
+    assert row["low"] <= exact["n_tokens"] <= row["high"]
+    assert 0 <= row["rest_share"] <= 1
+    assert row["score_low"] <= row["score"] <= row["score_high"]
+    assert row["score_low"] <= exact["score"] <= row["score_high"]
+
+
+def test_one_sampled_document_says_nothing_about_how_its_score_varies(tmp_path):
+    documents = [Document(key, None, [b"cat" if i == 0 else b"x"] * 4) for i, key in enumerate(SAMPLED[:40])]
+    values = [(t, 0, 1.0) for t in range(0, 160, 3)]
+    with small(tmp_path, documents=documents, values=values, n_parts=1, n_token_parts=1) as connection:
+        (row,) = ask(connection, "approximate_features_on", ["cat"]).to_pylist()
+    assert (row["n_documents"], row["score_low"], row["score_high"]) == (1, None, None)
+    assert row["low"] <= row["n_tokens"] <= row["high"]
+
+
+def test_roles_that_do_not_exist_and_one_role_twice(tmp_path):
+    roles = {token: ("user", "assistant")[token % 2] for token in range(320)}
+    with small(tmp_path, roles=roles) as connection:
+        for question in ("features_by_role", "approximate_features_by_role"):
+            chosen = find_question(question)
+            with pytest.raises(UserError, match="There is no role 'asistant'"):
+                resolve_names(connection, chosen, parse_arguments(chosen, ["user", "asistant"]))
+            rows = ask(connection, question, ["user", "user"]).to_pylist()
+            assert max(row["rate_b"] for row in rows) > 0
+            assert [(row["rate_a"], row["cohens_h"]) for row in rows] == [(row["rate_b"], 0) for row in rows]
+
+
+@pytest.mark.parametrize("arguments", [{"since": "yesterday"}, {"until": "1813-13"}], ids=str)
+def test_a_wrong_date_is_named_before_an_estimate_too(tmp_path, monkeypatch, arguments):
+    monkeypatch.setattr(approximation, "CHEAP_VALUES", 0)
+    documents = [Document(key, "st"[i % 2], [b"x"] * 4) for i, key in enumerate(SAMPLED[:60])]
+    with small(tmp_path, documents=documents) as connection:
+        (wrong,) = arguments.values()
+        with pytest.raises(UserError, match=wrong):
+            estimate(connection, "contrast_within", a="s", b="t", **arguments)
+
+
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Iterator[duckdb.DuckDBPyConnection]:
+    """A run of one merged part. The second of its parts of tokens has lost a document since: its values are hidden."""
+    store = Store.create(tmp_path_factory.mktemp("forgetful"))
+    run = _made_run.make(store, 1 << 17, part_tokens=[1 << 12, 1 << 12], n_features=16)
+    tokens = store.by_id(run.record.inputs[0])
+    used, parts = TokenSelection(tokens), run.published().parts
+    with quiet().bar("compact", None, "values") as bar:
+        for group in compaction.plan_merges(parts, used.spans):
+            compaction.replace_group(run, group, compaction.merge_whole_parts(run, used, group, bar), clear=True)
+    gone = Hidden(document_id=tokens.published().parts[1].counts["first_document"], key_hash="1", reason="forgotten")
+    tokens.publish(tokens.published().parts, hidden={1: (gone,)})
+    with connect(store, threads=1) as connection:
+        assert query(connection, "select count(*) as n from stg_hidden_values").to_pylist() == [{"n": 1}]
+        yield connection
+
+
+SHOWN = """
+select values.feature_id, places.source, token_id
+from stg_feature_major as values
+asof join stg_document_places as places on values.token_id >= places.first_token_id
+"""
+ENCODED = """
+select count(*) as n
+from stg_tokens_encoded
+asof join stg_document_places as places on stg_tokens_encoded.token_id >= places.first_token_id
+where places.source = ? or ? is null
+"""
+
+
+@pytest.mark.parametrize("source", [None, "source 0", "source 1"])
+def test_while_values_are_hidden_ranges_are_counted_from_those_that_are_shown(forgetful, source):
+    shown: dict[int, set[int]] = {}
+    for row in query(forgetful, SHOWN).to_pylist():
+        if source in (None, row["source"]):
+            shown.setdefault(row["feature_id"], set()).add(row["token_id"])
+    ((n_encoded,),) = forgetful.execute(ENCODED, [source, source]).fetchall()
+    asked = {} if source is None else {"source": source}
+    summary = {row["feature_id"]: row for row in ask(forgetful, "summary_within", asked).to_pylist()}
+    for feature, tokens in shown.items():
+        assert (summary[feature]["n_tokens"], summary[feature]["density"]) == (len(tokens), len(tokens) / n_encoded)
+        bins = ask(forgetful, "histogram_within", {"feature": feature, **asked}).to_pylist()
+        assert sum(row["n_tokens"] for row in bins) == len(tokens)
+    pairs = ask(forgetful, "coactivation_within", {"feature": 0, **asked}).to_pylist()
+    assert len(pairs) == len(shown) - 1
+    for row in pairs:
+        other = shown[row["other_id"]]
+        assert (row["n_both"], row["n_feature"], row["n_other"]) == (len(shown[0] & other), len(shown[0]), len(other))
+    if source:
+        rows = ask(forgetful, "contrast_within", [source, "source 2"]).to_pylist()
+        assert {row["feature_id"]: row["n_tokens_a"] for row in rows} == {f: len(each) for f, each in shown.items()}
+        numbers = ask(forgetful, "feature_numbers", {"feature": 0, "source": source}).to_pylist()
+        assert (numbers[0]["n_tokens"], numbers[0]["n_encoded"]) == (len(shown[0]), n_encoded)
+
+
+def test_while_values_are_hidden_no_count_is_estimated_from_stored_counts(forgetful, monkeypatch):
+    monkeypatch.setattr(approximation, "CHEAP_VALUES", 0)
+    monkeypatch.setattr(approximation, "FEWEST_DOCUMENTS", 0)
+    for question, arguments in {
+        "coactivation": {"feature": 0}, "count_where_all": {"features": [0, 1], "thresholds": [0.0, 0.0]},
+    }.items():  # fmt: skip
+        assert estimate(forgetful, question, **arguments) is None
+        with pytest.raises(UserError, match="saeflow encode RECIPE shows them again"):
+            ask(forgetful, f"approximate_{question}", arguments)
+    assert estimate(forgetful, "contrast_within", a="source 0", b="source 1") is not None

@@ -721,7 +721,7 @@ def test_documents_show_all_metadata_whatever_its_name(tmp_path):
 
 NAMES_OF_COLUMNS = [
     ["position", "mask", "token_id", "vocab_id", "piece", "value", "feature_id", "feature", "text", "a"],
-    ["is_hidden", "Position", "end_token_id", "band", "n_real", "filename", "Source", "Key", "N_Tokens"],
+    ["written", "Position", "end_token_id", "band", "n_real", "filename", "Source", "Key", "N_Tokens"],
     ["First_Token_Id"],
 ]  # fmt: skip
 

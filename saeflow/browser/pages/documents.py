@@ -33,7 +33,7 @@ def page(asked: Asked, opened: OpenedRun) -> Page:
     """Return a document shaded by a feature, or by the number of features at each token. Raises UserError."""
     key = asked.path.get("doc", asked.query.get("key", ""))
     found = opened.cursor.execute(
-        "select first_token_id, end_token_id from stg_document_places where key = ? and not is_hidden", [key]
+        "select first_token_id, end_token_id from stg_document_places where key = ?", [key]
     ).fetchall()
     if not found:
         raise UserError(f"There is no document {brief(key)!r} with tokens.")

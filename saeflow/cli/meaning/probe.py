@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,7 +63,7 @@ def probe_command(
     opened = existing_store(store)
     chosen = pick_run(opened, runs(opened), run)
     settings = ProbeSettings(tuple(sorted(set(classes or ()))), best, replicates, seed, sparse)
-    if not (exact or quiet) and (found := estimate(opened, chosen, name, settings, threads)):
+    if not (exact or quiet) and sys.stdout.isatty() and (found := estimate(opened, chosen, name, settings, threads)):
         print_note(_OF_SAMPLE)
         _show_best(found["class_sizes"], found["feature_classes"])
         print_note("The exact figures:")

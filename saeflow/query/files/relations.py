@@ -246,6 +246,14 @@ def parts_relation(parts: Sequence[tuple[int, str, int, int]]) -> str:
     return _PARTS.format(literal(";".join(" ".join(map(str, part)) for part in parts)))
 
 
+def ranges_relation(ranges: Ranges) -> str:
+    """Select ranges of token_id, both ends included."""
+    rows = ", ".join(f"({whole(first)}, {whole(last)})" for first, last in ranges)
+    columns = "first_token_id::bigint as first_token_id, last_token_id::bigint as last_token_id"
+    held = f"(values {rows or '(0, 0)'}) as held(first_token_id, last_token_id)"
+    return f"(select {columns} from {held}{'' if ranges else ' where false'})"
+
+
 def probe_relation(probes: Sequence[ProbeFile], table: str) -> str:
     """Select the rows of a table of probes, without classes that a newer probe of the same annotations has."""
     parts = [

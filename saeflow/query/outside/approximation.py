@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import duckdb
 import pyarrow as pa
 
-from saeflow.query.ask import Readings
+from saeflow.query.ask import Readings, fetch
 from saeflow.query.questions import Question, Value, find_question
 
 CHEAP_VALUES = 500_000_000
@@ -48,7 +48,12 @@ The values of a token, or of a feature's tokens, lie in so many row groups at mo
 """
 
 _EXACT_ALONE = ("shift", "features")
-"""Parameters of which a value makes the exact answer another one, or quick. `count_where_all` is about its features."""
+"""Parameters that, when given, change the exact question or make it quick: then no estimate is shown."""
+
+_OF_COUNTS = ("coactivation", "count_where_all")
+"""Questions whose estimates multiply stored counts, which still count hidden values."""
+
+_HIDDEN = "select count(*) from stg_hidden_values"
 
 _SAMPLED = """
 select case when (select has_sample from stg_shape) then (select count(*) from stg_sample_documents) else 0 end
@@ -57,7 +62,7 @@ select case when (select has_sample from stg_shape) then (select count(*) from s
 
 def reads_for_estimate(question: str) -> frozenset[str]:
     """Return the views and macros that `estimate_of` and the estimate itself read."""
-    read = {_estimate(question), "stg_feature_stats", "stg_sample_documents", "stg_shape"}
+    read = {_estimate(question), "stg_feature_stats", "stg_hidden_values", "stg_sample_documents", "stg_shape"}
     return frozenset(read if question in _VALUES_READ else ())
 
 
@@ -69,13 +74,16 @@ def estimate_of(
 ) -> tuple[str, dict[str, Value]] | None:
     """Return the name and arguments of the question that estimates this one. `readings` are what `ask` takes.
 
-    None if there is none, if the exact answer is quick, or if no sample is stored or it has too few documents.
+    None if there is none, if the exact answer is quick, if no sample is stored or it has too few documents, or if it
+    needs counts of values that are hidden. Raises UserError as `ask` does.
     """
     if question.name not in _VALUES_READ or not _is_estimated(question, values):
         return None
     chosen = readings if isinstance(readings, pa.Array) else values.get("tokens")
     known = {**values, "n_chosen": len(chosen) if isinstance(chosen, (pa.Array, list)) else 0}
     if any(_number(connection, sql, known) <= CHEAP_VALUES for sql in (_ALL_VALUES, _VALUES_READ[question.name])):
+        return None
+    if question.name in _OF_COUNTS and _number(connection, _HIDDEN, {}):
         return None
     if _number(connection, _SAMPLED, {}) < FEWEST_DOCUMENTS:
         return None
@@ -91,8 +99,7 @@ def _is_estimated(question: Question, values: Mapping[str, Value]) -> bool:
 
 def _number(connection: duckdb.DuckDBPyConnection, sql: str, values: Mapping[str, object]) -> int:
     given = {name: values[name] for name in re.findall(r"\$(\w+)", sql)}
-    ((n,),) = connection.execute(sql, given or None).fetchall()
-    return int(n)
+    return int(fetch(connection, sql, given, "The estimate", short=True).column(0)[0].as_py())
 
 
 def _estimate(question: str) -> str:

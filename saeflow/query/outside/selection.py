@@ -25,7 +25,7 @@ _TOKENS_OF_DOCUMENTS = {
         select token_id from stg_tokens
         where mask and document_id in (
             select places.document_id from stg_document_places as places
-            where places.key in (select unnest(?::varchar[])) and not places.is_hidden
+            where places.key in (select unnest(?::varchar[]))
         )
     """,
 }
