@@ -9,10 +9,13 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zarr
 
+from saeflow.activations.shards import StoredArray
 from saeflow.pipeline import compact, encode, stages
 from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage
@@ -61,6 +64,15 @@ def test_an_old_store_answers_and_passes_its_checks(old: Store) -> None:
     with connect(old) as connection:
         assert [name for name, found in check(connection) if len(found)] == []
         assert ask(connection, "tokens_where", [3, 0.0]).num_rows
+
+
+def test_shards_are_found_where_the_arrays_description_says_they_lie(old: Store) -> None:
+    arrays = sorted(old.root.glob("activations/*/parts/*/*.zarr"))
+    assert len(arrays) == 3
+    for path in arrays:
+        assert (path / "c.0.0.0").is_file() != (path / "c" / "0" / "0" / "0").is_file()
+        found = StoredArray(path, old.storage)
+        np.testing.assert_array_equal(found.read(slice(0, found.shape[0])).numpy(), zarr.open_array(path, mode="r")[:])
 
 
 def test_running_the_recipe_again_on_an_old_store_works_on_nothing_finished(old: Store, recipe: Recipe) -> None:
