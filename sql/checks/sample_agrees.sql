@@ -2,9 +2,9 @@
 -- stored none.
 --
 -- Grain:   one row per document whose sample is wrong.
--- Reads:   stg_sample, stg_sample_documents, stg_document_places, stg_tokens, stg_feature_major, stg_shape, is_sampled,
---          is_encoded
--- Units:   n_values_… count values, n_tokens_… encoded tokens; the sums of hashes do not depend on the order of rows.
+-- Reads:   stg_sample, stg_sample_documents, stg_document_places, stg_tokens, stg_feature_major, stg_shape, is_sampled
+-- Units:   n_… count values; the sums of hashes do not depend on the order of rows. n_tokens of the sample lies between
+--          the document's tokens at which a feature fires and all its real tokens.
 -- Ask it:  would an estimate be one of the same values?
 with wanted as materialized (
     select document_id, first_token_id
@@ -12,19 +12,17 @@ with wanted as materialized (
     where is_sampled(places.key) and (select has_sample from stg_shape)
 ),
 owners as materialized (
-    select token_id, tokens.document_id
-    from stg_tokens as tokens
-    semi join wanted using (document_id)
-    where mask and is_encoded(token_id, vocab_id)
+    select token_id, tokens.document_id from stg_tokens as tokens semi join wanted using (document_id) where mask
 ),
 sizes as (
-    select document_id, count(*) as n_tokens from owners group by document_id
+    select document_id, count(*) as n_real from owners group by document_id
 ),
 recount as (
     select
         document_id,
         count(*)                                            as n_values,
-        sum(hash(feature_id, token_id, value)::hugeint)     as hash_sum
+        sum(hash(feature_id, token_id, value)::hugeint)     as hash_sum,
+        count(distinct token_id)                            as n_fired
     from stg_feature_major
     join owners using (token_id)
     group by document_id
@@ -47,13 +45,15 @@ select
     coalesce(stored.n_values, 0)  as n_values_stored,
     coalesce(recount.n_values, 0) as n_values_counted,
     documents.n_tokens            as n_tokens_stored,
-    sizes.n_tokens                as n_tokens_counted
+    sizes.n_real,
+    n_fired
 from documents
 full join sizes using (document_id)
 full join recount using (document_id)
 full join stored using (document_id)
 left join wanted using (document_id)
 where (stored.n_values, stored.hash_sum) is distinct from (recount.n_values, recount.hash_sum)
-    or documents.n_tokens is distinct from sizes.n_tokens
+    or (documents.n_tokens is null and n_fired > 0)
+    or documents.n_tokens not between coalesce(n_fired, 0) and coalesce(sizes.n_real, 0)
     or documents.first_token_id <> wanted.first_token_id
 order by document_id;

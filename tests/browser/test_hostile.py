@@ -185,7 +185,9 @@ def arguments(question: Question) -> dict[str, Any]:
     return tokens | {each.name: chosen[each.name] for each in question.parameters if each.default is None}
 
 
-ASKED = [each for each in questions() if not each.runs_model and each.name != "features_by_role"]
+ASKED = [
+    each for each in questions() if not each.runs_model and not each.name.endswith("features_by_role")
+]  # it has no roles
 PLACES[f"{RUN}/ask/{{question}}"] = [
     f"/runs/hostile/ask/{each.name}?{urllib.parse.urlencode(arguments(each))}" for each in ASKED
 ]

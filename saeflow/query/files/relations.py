@@ -57,6 +57,10 @@ _PARTS = (
     "from (select unnest(string_split({}, ';')) as line) where line <> '')"
 )
 """One text is read a hundred times as fast as a list of so many literals."""
+_RANGES = (
+    "(select split_part(line, ' ', 1)::bigint as first_token_id, split_part(line, ' ', 2)::bigint as last_token_id "
+    "from (select unnest(string_split({}, ';')) as line) where line <> '')"
+)
 _FILENAME = pa.field("filename", pa.string())
 _OPTIONAL_TABLES = {
     **PART_TABLES, **LEFT_OUT_TABLE, **SAMPLE_TABLES, **RUN_TABLES, **EFFECTS, "labels": LABELS, "rules": RULES,
@@ -247,11 +251,8 @@ def parts_relation(parts: Sequence[tuple[int, str, int, int]]) -> str:
 
 
 def ranges_relation(ranges: Ranges) -> str:
-    """Select ranges of token_id, both ends included."""
-    rows = ", ".join(f"({whole(first)}, {whole(last)})" for first, last in ranges)
-    columns = "first_token_id::bigint as first_token_id, last_token_id::bigint as last_token_id"
-    held = f"(values {rows or '(0, 0)'}) as held(first_token_id, last_token_id)"
-    return f"(select {columns} from {held}{'' if ranges else ' where false'})"
+    """Select ranges of token_id: the first token and the last."""
+    return _RANGES.format(literal(";".join(f"{first} {last}" for first, last in ranges)))
 
 
 def probe_relation(probes: Sequence[ProbeFile], table: str) -> str:
