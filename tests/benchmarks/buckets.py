@@ -49,8 +49,6 @@ QUICK = (
     "token_features", "tokens_where", "top_tokens",
 )  # fmt: skip
 OF_ONE_FEATURE = ("tokens_where", "top_tokens", "contexts", "feature_values", "feature_quantile_examples")
-SLOW = ("compare_runs",)
-"""Joins all values of two runs: DuckDB takes many minutes, wherever they lie."""
 
 
 def main() -> None:
@@ -63,7 +61,7 @@ def main() -> None:
             url = f"{server.bucket('bucket')}/store"
             server.upload(store.root, "bucket", "store", is_read)
             server.delay(LATENCY)
-            asked = [each for each in questions() if each.name in QUICK or not (options.quick or each.name in SLOW)]
+            asked = [each for each in questions() if each.name in QUICK or not options.quick]
             found = measured(server, store, url, folder / "cache", asked)
             listed, n_files = bars(found, store), n_files_of(store)
     report("buckets", listed, latency_s=LATENCY, files_of_run=n_files, questions=found)

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import subprocess
@@ -407,6 +408,23 @@ def test_an_estimate_is_shown_before_the_exact_answer_unless_only_that_is_wanted
     for only in (["--exact"], ["-f", "csv"], ["-o", tmp_path / "answer.csv"]):
         alone = saeflow(*words, *only)
         assert (alone.code, alone.err.count("Approximate"), alone.out.count("low")) == (0, 0, 0)
+
+
+def test_an_estimate_has_as_many_rows_as_the_answer_and_is_no_part_of_its_cost(
+    saeflow: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = [(token, feature, 1.0) for token in range(320) for feature in range(25)]
+    root = sampled_world(values=values).write(tmp_path / "store").root
+    monkeypatch.setattr(approximation, "CHEAP_VALUES", 0)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for options, n_rows, is_cut in (([], 20, True), (["-n", "22"], 22, True), (["-n", "30"], 24, False)):
+        said = saeflow("ask", "coactivation", "0", *options, "--store", root, "--explain")
+        assert said.code == 0
+        assert said.err.count(f"The first {n_rows} rows.") == (2 if is_cut else 0)
+        assert said.err.count("asking:") == 1
+        assert [len(re.findall(row, said.out, re.MULTILINE)) for row in (r"^other_id +\d+$", r"^ +\d+ ")] == [
+            n_rows
+        ] * 2
 
 
 def test_minus_infinity_is_asked_for_behind_two_dashes(saeflow: Command, store: Store) -> None:
