@@ -24,7 +24,7 @@ from saeflow.classes.values import ValueFiles
 from saeflow.features.beside import has_table, newest_annotations, require_table
 from saeflow.features.schema import PROBE_TABLES, SPANS, holding
 from saeflow.query.connection import connect
-from saeflow.query.outside.approximation import FEWEST_DOCUMENTS
+from saeflow.query.outside.approximation import FEWEST_DOCUMENTS, READ_TO_COUNT_SAMPLE, sampled_documents
 from saeflow.query.runs import Run
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.errors import UserError
@@ -189,19 +189,15 @@ def estimate(
     n_values = sum(part.count("n_values") for part in run.artefact.published().parts)
     if n_values <= QUICK_VALUES or not run.shape["has_sample"] or made.complete():
         return None
-    if _sampled_documents(store, run) < FEWEST_DOCUMENTS:
-        return None
+    with connect(store, run.schema, names=READ_TO_COUNT_SAMPLE) as connection:
+        if sampled_documents(connection) < FEWEST_DOCUMENTS:
+            return None
     spans = read_spans(annotations, settings.classes)
     _require_room_for_scores(int(run.artefact.fact("n_features")), len(spans.classes))
     members = members_of(store, run, spans, sampled=True)
     if members.n_documents < FEWEST_DOCUMENTS:
         return None
     return score_tables(run, name, members, settings, threads, values="sample")
-
-
-def _sampled_documents(store: Store, run: Run) -> int:
-    with connect(store, run.schema, names=("stg_sample_documents",)) as connection:
-        return int(connection.sql("select count(*) from stg_sample_documents where n_tokens > 0").fetchall()[0][0])
 
 
 def score_tables(

@@ -130,9 +130,8 @@ class ValueFiles:
             return None
         with pq.ParquetFile(self.paths[number], metadata=self._footers[number]) as file:
             table = file.read_row_groups(mine[holds, 1].tolist(), columns=VALUE_COLUMNS, use_threads=False)
-        if (
-            mine[1:, 2] < mine[:-1, 3]
-        ).any():  # a sample in stretches, each sorted by feature, one behind another by token
+        # A sample may lie in stretches, each sorted by feature, one behind another by token.
+        if (mine[1:, 2] < mine[:-1, 3]).any():
             table = table.take(np.argsort(_as_array(table.column("feature_id")), kind="stable"))
         columns = [_as_array(table.column(name)) for name in VALUE_COLUMNS]
         start, stop = np.searchsorted(columns[0], np.array([first, last + 1], np.int32))

@@ -46,6 +46,11 @@ _READ_TO_RESOLVE = {
     **dict.fromkeys(("annotation", "class"), ("stg_spans",)),
     "source": _SOURCES, "role": ("stg_tokens",), "document_key": ("stg_document_places",),
 }  # fmt: skip
+_READ_ABOUT = {
+    **dict.fromkeys(_ABOUT_SOURCES, _SOURCES),
+    **dict.fromkeys(_ABOUT_ROLES, _READ_TO_RESOLVE["role"]),
+    **dict.fromkeys(_ABOUT_RUNS, ("stg_runs",)),
+}
 READ_TO_RESOLVE = frozenset({"stg_runs"}.union(*_READ_TO_RESOLVE.values()))
 """Views that `resolve_names` reads, whatever the question."""
 
@@ -147,8 +152,7 @@ def names_read(question: Question, values: Mapping[str, Value]) -> frozenset[str
     """Return the names of the question and of the views that `resolve_names` reads for these values."""
     given = [name for name, value in values.items() if value is not None]
     found = {question.name}.union(*(_READ_TO_RESOLVE.get(name, ()) for name in given))
-    found |= {*_SOURCES} if question.name in _ABOUT_SOURCES else {"stg_runs"} if question.name in _ABOUT_RUNS else set()
-    return frozenset(found | ({"stg_tokens"} if question.name in _ABOUT_ROLES else set()))
+    return frozenset(found.union(_READ_ABOUT.get(question.name, ())))
 
 
 def resolve_names(
@@ -166,8 +170,9 @@ def resolve_names(
     texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
     if question.name in _ABOUT_SOURCES:
         _refuse_unknown_sources(connection, [str(values[name]) for name in ("a", "b")])
-    for role in (values[name] for name in ("a", "b") if question.name in _ABOUT_ROLES):
-        _refuse_unknown_name(connection, "role", role)
+    if question.name in _ABOUT_ROLES:
+        for name in ("a", "b"):
+            _refuse_unknown_name(connection, "role", values[name])
     if question.name in _ABOUT_RUNS:
         return {name: _schema_of_run(connection, str(v)) if name in texts else v for name, v in values.items()}
     return dict(values)

@@ -77,8 +77,8 @@ shares as (
 ends as (
     select
         *,
-        stats.n_tokens                                                                         as n_feature,
-        least(greatest(n_seen, n_feature - n_others), n_mine)                                  as fewest,
+        least(stats.n_tokens, n_mine + n_others)                                               as n_feature,
+        greatest(n_seen, n_feature - n_others)                                                 as fewest,
         least(greatest(round(n_mine * share), fewest), n_feature)::bigint                      as estimate,
         least(greatest(floor(n_mine * share_low(share * size, size)), fewest), n_feature)::bigint as low,
         least(greatest(ceil(n_mine * share_high(share * size, size)), fewest), n_feature)::bigint as high
@@ -89,10 +89,10 @@ ends as (
 scored as (
     select
         *,
-        least(n_feature - estimate, n_others)                                           as n_rest,
-        telling_bits(estimate, n_mine, least(n_feature - estimate, n_others), n_others) as score,
-        telling_bits(low, n_mine, least(n_feature - low, n_others), n_others)           as at_low,
-        telling_bits(high, n_mine, least(n_feature - high, n_others), n_others)         as at_high
+        n_feature - estimate                                           as n_rest,
+        telling_bits(estimate, n_mine, n_feature - estimate, n_others) as score,
+        telling_bits(low, n_mine, n_feature - low, n_others)           as at_low,
+        telling_bits(high, n_mine, n_feature - high, n_others)         as at_high
     from ends
 )
 select

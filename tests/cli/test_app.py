@@ -301,7 +301,7 @@ def test_a_store_that_is_not_there_is_named(saeflow: Command, tmp_path: Path) ->
 
 
 def a_shard(store: Store) -> Path:
-    return sorted(path for path in store.root.glob("activations/*/parts/*/*.zarr/c.*"))[0]
+    return min(store.root.glob("activations/*/parts/*/*.zarr/c.*"))
 
 
 def flip_a_byte(path: Path) -> None:

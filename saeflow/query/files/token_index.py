@@ -149,12 +149,15 @@ class TokenIndex:
         """Return the places of the files from that of the first token to that of the last."""
         if not len(ascending):
             return slice(0, 0)
-        start = bisect.bisect_right(self._firsts_as_list, ascending[0]) - 1
-        return slice(max(start, 0), bisect.bisect_right(self._firsts_as_list, ascending[-1]))
+        return slice(max(self._place_of(ascending[0]), 0), self._place_of(ascending[-1]) + 1)
+
+    def _place_of(self, token_id: int) -> int:
+        """Return the place of the last file that begins at or before a token, -1 if none does."""
+        return bisect.bisect_right(self._firsts_as_list, token_id) - 1
 
     def vocab_ids_of_span(self, first: int, last: int) -> np.ndarray:
         """Return the vocabulary ids int32 of consecutive tokens, both ends included."""
-        place = bisect.bisect_right(self._firsts_as_list, first) - 1
+        place = self._place_of(first)
         opened = self._opened(place) if place >= 0 and last < self._ends[place] else None
         if isinstance(opened, np.ndarray):
             return opened[first - self._firsts[place] : last + 1 - self._firsts[place]]

@@ -55,6 +55,9 @@ _OF_COUNTS = ("coactivation", "count_where_all")
 
 _HIDDEN = "select count(*) from stg_hidden_values"
 
+READ_TO_COUNT_SAMPLE = ("stg_sample_documents", "stg_shape")
+"""Views that `sampled_documents` reads."""
+
 _SAMPLED = """
 select case when (select has_sample from stg_shape) then (select count(*) from stg_sample_documents) else 0 end
 """
@@ -62,7 +65,7 @@ select case when (select has_sample from stg_shape) then (select count(*) from s
 
 def reads_for_estimate(question: str) -> frozenset[str]:
     """Return the views and macros that `estimate_of` and the estimate itself read."""
-    read = {_estimate(question), "stg_feature_stats", "stg_hidden_values", "stg_sample_documents", "stg_shape"}
+    read = {_estimate(question), "stg_feature_stats", "stg_hidden_values", *READ_TO_COUNT_SAMPLE}
     return frozenset(read if question in _VALUES_READ else ())
 
 
@@ -85,11 +88,16 @@ def estimate_of(
         return None
     if question.name in _OF_COUNTS and _number(connection, _HIDDEN, {}):
         return None
-    if _number(connection, _SAMPLED, {}) < FEWEST_DOCUMENTS:
+    if sampled_documents(connection) < FEWEST_DOCUMENTS:
         return None
     estimate = find_question(_estimate(question.name))
     names = {parameter.name for parameter in estimate.parameters}
     return estimate.name, {name: value for name, value in values.items() if name in names}
+
+
+def sampled_documents(connection: duckdb.DuckDBPyConnection) -> int:
+    """Return how many documents the sample has; 0 if a part of the run stores none."""
+    return _number(connection, _SAMPLED, {})
 
 
 def _is_estimated(question: Question, values: Mapping[str, Value]) -> bool:
