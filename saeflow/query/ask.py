@@ -58,21 +58,26 @@ _NAMES = {
     "role": (
         "select 1 from stg_tokens where role = ? limit 1",
         "select role from stg_tokens where role is not null group by role order by levenshtein(role, ?), role limit 20",
+        "No token has a role: only tokens of conversations have one (corpus.messages).",
     ),
     "document_key": (
         "select 1 from stg_document_places where key = ?",
         "select key from stg_document_places order by levenshtein(key, ?), key limit 20",
+        "The run has no documents.",
     ),
     "annotation": (
         "select 1 from stg_spans where annotation = ? limit 1",
         "select annotation from stg_spans group by annotation order by levenshtein(annotation, ?), annotation limit 20",
+        "There are none yet: saeflow annotate NAME FILE.",
     ),
     "class": (
         "select 1 from stg_spans where class = ? limit 1",
         "select class from stg_spans group by class order by levenshtein(class, ?), class limit 20",
+        "There are none yet: saeflow annotate NAME FILE.",
     ),
 }
-"""Parameters that name something of the corpus: SQL that finds the name, and SQL for the names nearest to it."""
+"""Parameters that name something of the corpus: SQL that finds the name, SQL for the names nearest to it, and what to
+say where there are no names."""
 _READINGS = "readings_at_hand"
 """Name under which DuckDB reads an array."""
 
@@ -165,7 +170,7 @@ def resolve_names(
     """
     _refuse_unknown_features(connection, [each for name in FEATURE_PARAMETERS for each in as_list(values.get(name))])
     _refuse_unknown_sources(connection, [str(each) for each in as_list(values.get("source"))])
-    for name in _NAMES.keys() & values.keys():
+    for name in (name for name in _NAMES if name in values):
         _refuse_unknown_name(connection, name, values[name])
     texts = {parameter.name for parameter in question.parameters if parameter.type == "text"}
     if question.name in _ABOUT_SOURCES:
@@ -205,17 +210,18 @@ def _refuse_unknown_sources(connection: duckdb.DuckDBPyConnection, sources: Sequ
     sql = "select distinct source from stg_documents where source is not null order by source"
     known: list[str] = fetch(connection, sql, (), "The list of sources").column(0).to_pylist()
     for wrong in (source for source in sources if source not in known):
-        hint = did_you_mean(wrong, known)
+        hint = did_you_mean(wrong, known) if known else "No document has one: the corpus has no column `source`."
         if hint.startswith("There are") and len(known) > _SOURCES_SHOWN:
             hint = f"There are: {', '.join(known[:_SOURCES_SHOWN])} … (saeflow sql '{sql}')"
         raise UserError(f"There is no source {brief(wrong)!r}. {sanitise(hint)}")
 
 
 def _refuse_unknown_name(connection: duckdb.DuckDBPyConnection, parameter: str, value: Value) -> None:
-    find, nearest = _NAMES[parameter]
+    find, nearest, without = _NAMES[parameter]
     if value is None or fetch(connection, find, [value], parameter, short=True).num_rows:
         return
-    hint = did_you_mean(str(value), fetch(connection, nearest, [value], parameter).column(0).to_pylist())
+    known = fetch(connection, nearest, [value], parameter).column(0).to_pylist()
+    hint = did_you_mean(str(value), known) if known else without
     raise UserError(f"There is no {parameter.removesuffix('_key')} {brief(str(value))!r}. {sanitise(hint)}")
 
 

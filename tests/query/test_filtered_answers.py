@@ -413,6 +413,29 @@ def test_a_filter_that_names_nothing_is_refused_with_the_nearest_name(two, filte
 
 
 @pytest.mark.parametrize(
+    ("question", "words", "message"),
+    [
+        ("features_by_role", ["user", "assistant"], "There is no role 'user'. No token has a role"),
+        ("feature_numbers", {"feature": 0, "role": "user"}, "There is no role 'user'. No token has a role"),
+        ("compare_sources", ["novels", "bible"], "There is no source 'novels'. No document has one"),
+        (
+            "features_of_class",
+            {"annotation": "pos", "class": "noun"},
+            "There is no annotation 'pos'. There are none yet: saeflow annotate",
+        ),
+    ],
+)
+def test_where_the_corpus_has_no_such_names_at_all_the_error_says_what_would_give_some(
+    tmp_path, question, words, message
+):
+    found = find_question(question)
+    given = Given(documents=[Document("k", None, [b"a", b"b"])])
+    with connect(given.write(tmp_path)) as connection, pytest.raises(UserError) as refused:
+        resolve_names(connection, found, parse_arguments(found, words))
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("word", "read"),
     [
         ("1813", "1813-01-01 00:00:00"),

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
@@ -186,6 +188,29 @@ def folder(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return copy
 
 
+@pytest.fixture
+def folder_of_chats(folder: Path) -> Path:
+    """The same folder, whose run `demo` is of conversations."""
+    shutil.rmtree(folder / "data" / "store")
+    rows = [
+        {"key": row["key"], "messages": [{"role": r, "content": row["text"][:99]} for r in ("user", "assistant")]}
+        for row in documents()
+        if row["text"]
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "chats.parquet")
+    (folder / "template.jinja").write_text("{% for m in messages %}{{ m.role + ' ' + m.content + ' ' }}{% endfor %}")
+    data = recipe_data(
+        Ingredients.at(folder),
+        name="demo",
+        corpus={"files": ["chats.parquet"], "messages": "messages"},
+        tokens={"chat_template": "template.jinja"},
+        train={"n_tokens": 3_000},
+    )
+    write_recipe(folder / "chats.toml", data)
+    assert run(["run", "chats.toml", "--quiet"]) == 0
+    return folder
+
+
 def run(arguments: list[str]) -> int:
     return common.exit_code_of(cli.app, "saeflow", arguments, debug=False)
 
@@ -195,7 +220,11 @@ def run(arguments: list[str]) -> int:
     "page",
     [pytest.param(page, marks=() if page is README else pytest.mark.long, id=page.name) for page in WITH_COMMANDS],
 )
-def test_the_commands_of_a_page_run_in_its_order(page: Page, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_of_a_page_run_in_its_order(
+    page: Page, folder: Path, capfd: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    if page.name == "docs/how-to/chats.md":
+        request.getfixturevalue("folder_of_chats")
     if ENDPOINT not in page.text:
         run_commands(page, folder, capfd)
         return
