@@ -6,13 +6,10 @@ run       commands that work: a recipe or one stage of it
 summary   what a run prints at its end
 synth     train on made activations, and score
 store     list, show, check, forget, clear
-ask       questions and SQL
+answers   commands that answer: questions and SQL
 browse    the pages of a store in a browser, a copy of them, and a report of a run
 label     labels and the catalog
 meaning   what features mean: annotations, probes, explanations, effects
 serve     keep pipelines going with Prefect
 doctor    what this machine has
-render    write an answer in a format
-screen    answers on a terminal
-contexts  tokens in their context on a terminal, shaded by value
 """

@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 
 from saeflow import __version__
-from saeflow.cli.ask import ask_commands
+from saeflow.cli.answers.ask import ask_commands
+from saeflow.cli.answers.sql import sql_commands
 from saeflow.cli.browse import browse_commands
 from saeflow.cli.common import out, run_command_line
+from saeflow.cli.doctor import doctor_commands
 from saeflow.cli.label import label_commands
 from saeflow.cli.meaning.annotate import annotate_commands
 from saeflow.cli.meaning.compare import compare_commands
@@ -34,8 +36,9 @@ app = typer.Typer(
     "Start with `saeflow init my.toml`, then `saeflow run my.toml`, then `saeflow ask`.",
 )
 for family in (
-    run_commands, synth_commands, store_commands, ask_commands, browse_commands, label_commands, annotate_commands,
-    probe_commands, explain_commands, effect_commands, compare_commands, serve_commands,
+    run_commands, synth_commands, store_commands, ask_commands, sql_commands, doctor_commands, browse_commands,
+    label_commands, annotate_commands, probe_commands, explain_commands, effect_commands, compare_commands,
+    serve_commands,
 ):  # fmt: skip
     app.add_typer(family)
 

@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from saeflow.cli.answers.screen import render_table
 from saeflow.cli.common import new_table, out, print_line, store_argument
-from saeflow.cli.screen import render_table
 from saeflow.pipeline import forecast
 from saeflow.pipeline.judge import sweep
 from saeflow.query.connection import connect

@@ -20,7 +20,7 @@ import saeflow
 from saeflow.browser.answers import FORMATS
 from saeflow.browser.server import Application
 from saeflow.classes.annotations import Source, annotate
-from saeflow.cli.screen import render_table
+from saeflow.cli.answers.screen import render_table
 from saeflow.query.labels import Label, put
 from saeflow.query.questions import Question, questions
 from saeflow.query.text_formats import for_python

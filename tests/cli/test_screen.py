@@ -15,9 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from saeflow.cli.answers.render import write_answer
+from saeflow.cli.answers.screen import render_table
 from saeflow.cli.common import out
-from saeflow.cli.render import write_answer
-from saeflow.cli.screen import render_table
 from saeflow.cli.store import state_in_words
 from saeflow.cli.summary import print_sweep
 from saeflow.runtime.terminal import Terminal

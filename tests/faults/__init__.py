@@ -36,7 +36,7 @@ _HEAVY = [
     "saeflow.cli.app",
     "saeflow.pipeline.run",
     "saeflow.query.first_answers",
-    "saeflow.cli.render",
+    "saeflow.cli.answers.render",
     "matplotlib.backends.backend_agg",
     "transformers.models.gpt2.modeling_gpt2",
     "tests.faults",

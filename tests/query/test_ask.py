@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from saeflow.cli.render import write_answer
-from saeflow.cli.screen import render_table
+from saeflow.cli.answers.render import write_answer
+from saeflow.cli.answers.screen import render_table
 from saeflow.query.ask import ask, names_read, query, resolve_names
 from saeflow.query.catalog import sql_folder
 from saeflow.query.connection import check, connect

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from saeflow.cli.ask import FormatOption, Limit, Output, Reply
+from saeflow.cli.answers.reply import FormatOption, Limit, Output, Reply
 from saeflow.cli.common import StoreOption, existing_store, print_note, require_place, whole_file
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import sanitise

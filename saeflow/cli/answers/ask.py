@@ -1,38 +1,21 @@
-"""Commands that answer: the named questions, your own SQL, and the state of the machine."""
+"""The named questions: their list, what each needs, and its answer, with an estimate before one that takes long."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import re
-import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from saeflow.cli.common import (
-    Format,
-    RunOption,
-    StoreOption,
-    connection_to,
-    err,
-    existing_store,
-    new_table,
-    out,
-    print_line,
-    print_note,
-    require_place,
-    whole_file,
-)
+from saeflow.cli.answers.reply import FormatOption, Limit, Output, Reply, write_words
+from saeflow.cli.common import RunOption, StoreOption, existing_store, out, print_line, print_note
 from saeflow.runtime.errors import UserError
-from saeflow.runtime.terminal import write_text
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,68 +24,6 @@ if TYPE_CHECKING:
 
 
 ask_commands = typer.Typer()
-
-FormatOption = Annotated[
-    Format | None,
-    typer.Option(
-        "--format",
-        "-f",
-        help="Format of the answer. Default: by the ending of the output file, else a table. "
-        "In CSV, a text that begins with = + - @, a tab or a line break gets a ' in front, so that no spreadsheet "
-        "takes it for a formula; set the spreadsheet's separator to the comma. Numbers stay as they are.",
-    ),
-]
-Limit = Annotated[
-    int | None,
-    typer.Option("--limit", "-n", min=1, help="Most rows. Default: all, but on a terminal only the first."),
-]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of the terminal.")]
-
-
-@dataclass(frozen=True)
-class Reply:
-    """How an answer is given: in which format, where, and at most how many rows."""
-
-    format: Format | None
-    output: Path | None
-    limit: int | None
-
-    def __post_init__(self) -> None:
-        if self.output is not None:
-            require_place(self.output)
-        elif self.format == "parquet" and sys.stdout.isatty():
-            raise UserError("Parquet is not for a terminal. Write it to a file: -o answer.parquet")
-
-    @property
-    def form(self) -> Format:
-        from saeflow.cli import render
-
-        return self.format or render.format_for(self.output)
-
-    @property
-    def is_table_on_screen(self) -> bool:
-        return self.output is None and self.form == "table"
-
-    @property
-    def is_watched(self) -> bool:
-        """True if a person sees the rows: then an estimate before them is of use, and no program reads it."""
-        return self.is_table_on_screen and sys.stdout.isatty()
-
-    def write(self, find: Callable[[int | None], pa.Table], default_limit: int | None) -> pa.Table:
-        """Find the rows, write and return them.
-
-        Only a table on the screen has the default limit; a note then says so.
-        """
-        from saeflow.cli import render
-
-        form, on_screen = self.form, self.is_table_on_screen
-        most = self.limit or (default_limit if on_screen else None)
-        table = find(most and most + 1)
-        shown = table.slice(0, most)
-        render.write_answer(shown, form, self.output, out)
-        if on_screen and most and len(table) > most:
-            print_note(f"The first {most:,} rows. More: -n {10 * most}; all: -o FILE.csv")
-        return shown
 
 
 def _complete_question(incomplete: str) -> list[tuple[str, str]]:
@@ -190,7 +111,7 @@ def ask_command(
     with contextlib.closing(connection):
         values = resolve_names(connection, chosen, values)
         if show_sql and not whole:
-            return _write_text(as_statement(connection, chosen, values, limit), output)
+            return write_words(as_statement(connection, chosen, values, limit), output)
         readings = supply(opened, current, connection, chosen, values)
         estimate = None
         if not exact and reply.is_watched:
@@ -295,124 +216,3 @@ def _list_questions() -> None:
             print_line(f"  {question.brief}")
             out.print(textwrap.fill(question.answers, 74, initial_indent=" " * 6, subsequent_indent=" " * 6))
     out.print("\nsaeflow ask NAME explains one of them and its parameters.")
-
-
-@ask_commands.command("sql")
-def sql_command(
-    query: Annotated[str | None, typer.Argument(help="A select; without one, a prompt opens.")] = None,
-    store: StoreOption = None,
-    run: RunOption = None,
-    script: Annotated[bool, typer.Option("--script", help="Print the run's SQL for the duckdb shell.")] = False,
-    format: FormatOption = None,
-    limit: Limit = None,
-    output: Output = None,
-) -> None:
-    """Run your own read-only SQL.
-
-    Example: `saeflow sql 'select count(*) from tokens'`
-    """
-    from saeflow.query.ask import query as run_query
-
-    reply = Reply(format, output, limit)
-    if script:
-        from saeflow.query.catalog import script_of_run
-
-        return _write_text(script_of_run(existing_store(store), run), output)
-    with connection_to(store, run) as connection:
-
-        def answer(statement: str) -> None:
-            reply.write(lambda most: run_query(connection, statement, limit=most), 1000)
-
-        if query is not None or not sys.stdin.isatty():
-            return answer(query if query is not None else _standard_input())
-        if output is not None:
-            raise UserError(f"Which answer belongs in {output}? Give the query too: saeflow sql 'select …' -o {output}")
-        _answer_prompt(answer)
-    return None
-
-
-def _answer_prompt(answer: Callable[[str], None]) -> None:
-    """Answer statements as they are typed. An error ends only the statement."""
-    for statement in typed_statements():
-        try:
-            answer(statement)
-        except UserError as error:
-            print_note(str(error), style="red")
-
-
-def _write_text(text: str, path: Path | None) -> None:
-    if path is None:
-        write_text(text, out)
-    else:
-        with whole_file(path) as temporary:
-            temporary.write_text(text + "\n", "utf-8")
-
-
-def _standard_input() -> str:
-    """Return standard input, up to the greatest length of a statement."""
-    from saeflow.query.ask import LONGEST_SQL
-
-    try:
-        return sys.stdin.read(LONGEST_SQL + 1)
-    except UnicodeDecodeError:
-        raise UserError("Standard input is not text in UTF-8.") from None
-
-
-@ask_commands.command("doctor")
-def doctor_command(store: StoreOption = None) -> None:
-    """Report versions, processor, speeds and free disk.
-
-    Example: `saeflow doctor`
-    """
-    from saeflow.cli import doctor
-    from saeflow.store.store import store_path
-
-    table = new_table("what", "here")
-    for name, value in doctor.machine_report(store_path(store)):
-        table.add_row(name, value)
-    out.print_table(table)
-    for problem in doctor.problems():
-        out.print(problem, style="yellow")
-
-
-SHORTHANDS = {
-    ".tables": "select distinct table_name from duckdb_columns() where schema_name = current_schema() order by all",
-    ".questions": "select distinct function_name as question, parameters from duckdb_functions() "
-    "where schema_name = current_schema() and function_type = 'table_macro' order by all",
-}
-"""Words that may be typed instead of a statement, and the statements they stand for."""
-
-
-def typed_statements() -> Iterator[str]:
-    """Yield the statements that a person types, each ended by a semicolon, until Ctrl-D."""
-    err.print("Type a select and end it with ; — .tables and .questions list what there is, Ctrl-D leaves.")
-    with _history():
-        typed = ""
-        while True:
-            try:
-                typed += input("saeflow> " if not typed else "      -> ") + "\n"
-            except EOFError:
-                return
-            if typed.rstrip().endswith(";") or typed.strip() in SHORTHANDS:
-                yield SHORTHANDS.get(typed.strip(), typed.strip())
-                typed = ""
-
-
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Enable arrow keys, and recall of what was typed in earlier sessions, if this Python has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "saeflow" / "history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(path)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            readline.set_history_length(1000)
-            readline.write_history_file(path)

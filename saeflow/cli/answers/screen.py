@@ -16,7 +16,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from saeflow.cli.contexts import Context, context_lines, full_width, marked_context, shaded_contexts
+from saeflow.cli.answers.contexts import Context, context_lines, full_width, marked_context, shaded_contexts
 from saeflow.query.text_formats import as_json_value, is_number
 from saeflow.runtime.terminal import LONGEST_WORD, Terminal
 from saeflow.runtime.text import sanitise

@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saeflow.cli.answers.screen import render_table
 from saeflow.cli.common import Format, whole_file
-from saeflow.cli.screen import render_table
 from saeflow.query.text_formats import as_csv, as_json, as_json_lines, for_parquet, for_python, harmless_for_terminal
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.terminal import Terminal, write_exactly
