@@ -246,7 +246,9 @@ def _describe_forgotten(done: Forgotten) -> Iterator[str]:
 def compact_command(
     recipe: RecipePath, store: StoreOption = None, set_: Set = None, quiet: Quiet = False, verbose: Verbose = False
 ) -> None:
-    """Rewrite the parts that still hold forgotten or replaced documents.
+    """Take forgotten and replaced documents off the disk, and merge the parts of every run.
+
+    Adds the sample and the statistics that parts of an earlier saeflow lack.
 
     Example: `saeflow compact my.toml`
     """

@@ -209,7 +209,7 @@ def _why_not(path: str, local: bool, error: Exception) -> str:
             f"Accept it at https://huggingface.co/{path} and set HF_TOKEN to a token of that account."
         )
     if isinstance(error, ImportError) and is_gguf(path):
-        return f"{said}: GGUF files need two more packages. Install them: pip install 'saeflow[gguf]'"
+        return f"{said}: GGUF files need two more packages. Install them: pip install 'accelerate>=1.0' 'gguf>=0.17'"
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         reason = "the hub has no such model, or a private one that HF_TOKEN does not open"
     if pointer := _lfs_pointer(Path(path)):

@@ -294,7 +294,7 @@ def _half_trained(store: Store, name: str) -> set[str]:
     """Return fingerprints of the SAEs of this name that have a checkpoint."""
     from saeflow.train.checkpoint import CHECKPOINT  # loads Numba: half a second and 60 MiB
 
-    found = store.storage.work_with(CHECKPOINT)
+    found = store.storage.work.names_with(CHECKPOINT)
     matches = (re.fullmatch(rf"saes-{re.escape(name)}-([0-9a-f]{{8}})\.checkpoint", each) for each in found)
     return {match[1] for match in matches if match}
 

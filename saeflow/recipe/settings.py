@@ -78,8 +78,8 @@ class SAEConfig(Section):
     n_features: PositiveInt = Field(4096, description="Directions in the dictionary (F).")
     k: PositiveInt = Field(
         32,
-        description="Active features per token (topk, batchtopk, matryoshka). jumprelu with penalty `l0` moves its "
-        "thresholds until so many are active.",
+        description="Active features per token (topk, abstopk, mp, batchtopk, matryoshka). jumprelu with penalty `l0` "
+        "moves its thresholds until so many are active.",
     )
     prefixes: list[PositiveInt] = Field(
         [], description="Sizes of matryoshka's nested dictionaries. Default: 1/32, 3/32, 7/32 and 15/32 of F, and F."
@@ -263,8 +263,9 @@ class TrainConfig(Section):
     )
     kernels: bool = Field(
         True,
-        description="On a GPU with Triton, saeflow's kernels take the steps of every architecture but mp; with ranks "
-        "that share the rows, of the top-k family. False: torch's operations do. It is not part of the SAE's identity.",
+        description="On a GPU with Triton, saeflow's kernels take the steps of every architecture but mp. With several "
+        "ranks: of the top-k family; if they share the features, not with `train.weights` bfloat16. False: torch's "
+        "operations do. It is not part of the SAE's identity.",
     )
     restarts: PositiveInt = Field(
         1, description="Trainings from different seeds. The one with the best reconstruction is kept."

@@ -60,7 +60,7 @@ def collect_garbage(store: Store, grace_seconds: float, remove: bool) -> Collect
     written is left alone. To list, nothing is written and nobody waited for.
     """
     store.storage.list_again()
-    done, left, replaced = Collected(), store.storage.work_names(), _replaced_artefacts(store)
+    done, left, replaced = Collected(), store.storage.work.names(), _replaced_artefacts(store)
     remove_work = store.storage.remove if remove else None
     works = [store.by_id(f"{found[1]}/{found[2]}") for name in sorted(left) if (found := _WORK.fullmatch(name))]
     for artefact in dict.fromkeys([*store.artefacts(), *works]):
@@ -76,7 +76,7 @@ def collect_garbage(store: Store, grace_seconds: float, remove: bool) -> Collect
         except (UserError, OSError) as error:
             done.left_alone.append(first_line(error))
     _collect_aged(done, _left_tests(store, left), grace_seconds, remove_work)
-    done.n_bytes_aside = store.storage.work_footprint(store.root / DAMAGED)[0]
+    done.n_bytes_aside = store.storage.work.footprint(store.root / DAMAGED)[0]
     return done
 
 
@@ -168,13 +168,13 @@ def _read_again(artefact: Artefact) -> Generation | None:
 def _left_work(artefact: Artefact, left: set[str]) -> Iterator[Garbage]:
     """Yield work of runs that were killed; a checkpoint only if its SAE is published, or nobody has gone on with it."""
     if artefact.work.name in left:
-        yield Garbage(artefact.work, "left by a run that was killed", artefact.storage.work_footprint(artefact.work)[0])
+        yield Garbage(artefact.work, "left by a run that was killed", artefact.storage.work.footprint(artefact.work)[0])
     documents = artefact.work.with_name(f"{artefact.work.name}.documents")
     if documents.name in left and not artefact.exists():
-        yield Garbage(documents, "hashes of documents that are gone", artefact.storage.work_footprint(documents)[0])
+        yield Garbage(documents, "hashes of documents that are gone", artefact.storage.work.footprint(documents)[0])
     checkpoints = artefact.work.with_name(f"{artefact.work.name}.checkpoint")
     if checkpoints.name in left:
-        n_bytes, written = artefact.storage.work_footprint(checkpoints)
+        n_bytes, written = artefact.storage.work.footprint(checkpoints)
         age = time.time() - written
         if artefact.complete():
             yield Garbage(checkpoints, "checkpoint of an SAE that is published", n_bytes)
@@ -187,6 +187,6 @@ def _left_work(artefact: Artefact, left: set[str]) -> Iterator[Garbage]:
 def _left_tests(store: Store, left: set[str]) -> Iterator[Garbage]:
     """Yield files by which a killed run asked whether the store can be written, or whether workers see it."""
     for name in sorted(name for name in left if name.startswith(("cluster-", ".writable-"))):
-        n_bytes, written = store.storage.work_footprint(store.root / "tmp" / name)
+        n_bytes, written = store.storage.work.footprint(store.root / "tmp" / name)
         if time.time() - written >= _PASSING_SECONDS:
             yield Garbage(store.root / "tmp" / name, "left by a run that was killed", n_bytes)

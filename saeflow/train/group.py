@@ -242,7 +242,7 @@ class TrainingGroup:
             for restart, training in enumerate(job.trainings):
                 training.save(job.folder(restart), job.target.own_work, job.target.require_lease)
                 if self.ranks.is_first:
-                    job.target.storage.keep(job.folder(restart), training.step, CHECKPOINT)
+                    job.target.storage.work.keep(job.folder(restart), training.step, CHECKPOINT)
         self.saved = time.monotonic()
 
     def _finish(self, job: TrainingJob) -> None:
@@ -260,7 +260,7 @@ class TrainingGroup:
 
 def _fetch_checkpoint(job: TrainingJob, folder: Path) -> None:
     if not is_checkpoint(folder):  # a fetch may have been killed between two files
-        job.target.storage.bring_back(folder, CHECKPOINT)
+        job.target.storage.work.bring_back(folder, CHECKPOINT)
 
 
 def fit(feed: Feed, recipe: Recipe, checkpoints: Path, progress: Progress) -> Training:

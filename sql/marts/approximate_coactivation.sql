@@ -8,9 +8,9 @@
 --          is_sampled: n_seen counts its tokens at which both fire, n_documents its documents in which the feature
 --          fires. n_both = n_feature * n_seen / (tokens of the sample at which the feature fires): a ratio estimate,
 --          since n_feature and n_other are exact. The interval is that of a share (Wilson 1927) with the
---          effective_size of so many documents. It is that of a pair chosen beforehand: a pair that is listed for being
---          frequent in the sample is more often less frequent elsewhere. Features that the sample does not show
---          together are no row.
+--          effective_size of so many documents. It holds for a pair that you chose beforehand. A pair that is listed
+--          because it is frequent in the sample is often less frequent elsewhere. A pair that never fires together in
+--          the sample has no row.
 -- Parameters: feature bigint, n bigint = 20
 -- Ask it:  what fires with feature 12, about?  from approximate_coactivation(12)
 create or replace macro approximate_coactivation(feature, n := 20) as table

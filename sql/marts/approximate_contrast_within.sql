@@ -6,7 +6,7 @@
 --          from low to high. The range is that of summary_within, without a source. The sample is that of
 --          approximate_coactivation: n_seen counts its tokens of the source at which the feature fires, n_documents its
 --          documents. The intervals are those of a feature chosen beforehand: see within_sample_contrast. Features that
---          do not fire in the sample are no row.
+--          do not fire in the sample have no row.
 -- Parameters: a text, b text, since text = null, until text = null, from_part bigint = null, to_part bigint = null
 -- Ask it:  what tells novels from scripture since 1813?  from approximate_contrast_within('austen', 'bible', '1813')
 create or replace macro approximate_contrast_within(

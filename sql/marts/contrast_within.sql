@@ -1,4 +1,4 @@
--- How differently each feature fires in two sources, between two dates or in a range of parts.
+-- How differently each feature fires in two sources, counted within a range of dates or of parts.
 --
 -- Grain:   one row per feature, or listed feature, dead ones too, the largest effect first.
 -- Reads:   within_stats, stg_feature_stats, cohens_h, log2_rate_ratio

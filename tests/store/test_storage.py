@@ -365,11 +365,11 @@ def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(tmp_path: Path)
     folder.mkdir(parents=True)
     for name in (CHECKPOINT, STATE):
         (folder / name).write_text("new")
-    bucket.keep(folder, 1, CHECKPOINT)
+    bucket.work.keep(folder, 1, CHECKPOINT)
     (folder / STATE).write_text("of an older checkpoint")
     (folder / CHECKPOINT).unlink()
     with pytest.raises(ConnectionError):
-        Bucket(Dying(there.as_uri()), tmp_path / "cache").bring_back(folder, CHECKPOINT)
+        Bucket(Dying(there.as_uri()), tmp_path / "cache").work.bring_back(folder, CHECKPOINT)
     assert not is_checkpoint(folder)
     reading: Any = SimpleNamespace(jobs=[])
     job: Any = SimpleNamespace(folder=lambda restart: folder, target=SimpleNamespace(storage=bucket))

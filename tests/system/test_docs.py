@@ -66,6 +66,7 @@ OTHER_PROGRAMS = {
     "prefect": "needs a server; test_newcomer.py types it",
     "createdb": "needs PostgreSQL; tests/flows/test_serve.py has one",
     "torchrun": "needs GPUs; tests/train/test_ranks.py runs it on the processor",
+    "dask": "serves until it is stopped; tests/system/test_cluster.py has a scheduler and workers",
     "duckdb": "DuckDB's shell is not installed; tests/query/test_catalog.py reads the same file",
 }
 """Programs that are not run here, with the reason."""
@@ -279,6 +280,12 @@ def test_documented_recipes_modules_and_tests_are_there() -> None:
         assert words[1] == "-m"
         module = ROOT / words[2].replace(".", "/")
         assert words[2] == "pytest" or module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), words
+
+
+def test_the_readme_counts_the_tasks() -> None:
+    n_tasks = len(re.findall(r"^- \[", Page(DOCS / "how-to" / "index.md").text, re.MULTILINE))
+    assert f"{n_tasks} tasks" in README.text
+    assert n_tasks == len(list((DOCS / "how-to").glob("*.md"))) - 1
 
 
 def test_documented_make_targets_are_there() -> None:

@@ -48,7 +48,7 @@ def answer_caches(store: Store) -> Iterator[AnswerCache]:
         if file.endswith(".answers.parquet") and "/" not in file:
             found.add((sae, file.removesuffix(".answers.parquet")))
     saes = sorted((sae.path.name for sae in store.artefacts("saes")), key=len, reverse=True)
-    for name in sorted(store.storage.work_names()):
+    for name in sorted(store.storage.work.names()):
         sae = next((sae for sae in saes if name.startswith(f"{_JOURNAL}{sae}-") and name.endswith(".jsonl")), "")
         if sae:
             found.add((sae, name.removeprefix(f"{_JOURNAL}{sae}-").removesuffix(".jsonl")))

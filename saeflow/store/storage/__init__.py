@@ -7,5 +7,6 @@ bucket        an object store, with a folder of this machine that stands for it
 duckdb_files  files of a bucket as DuckDB reads them
 pieces        ranges of a bucket's files, read with few requests
 piece_cache   footers and small tables, kept on this machine
+work          work in progress: what lies in tmp/, and what a bucket keeps of it
 traffic       requests and bytes, counted
 """

@@ -25,6 +25,7 @@ from saeflow.store.storage.objects import REQUESTS_AT_ONCE, ObjectBytes, Objects
 from saeflow.store.storage.piece_cache import PieceCache, cache_limit
 from saeflow.store.storage.pieces import Pieces, piece_name
 from saeflow.store.storage.traffic import Traffic
+from saeflow.store.storage.work import Work
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -57,6 +58,7 @@ class Bucket(Storage):
         self.objects, self.local, self.listings = objects, LocalCopy(objects, root), Listings(objects)
         self.pieces = Pieces(objects, PieceCache(root.parent / "pieces", cache_limit()))
         self.key = self.local.key
+        self.work = BucketWork(self)
         self._n_bytes: dict[str, int] = {}
 
     @property
@@ -154,14 +156,15 @@ class Bucket(Storage):
         with ThreadPoolExecutor(_SENDERS, "saeflow-send") as pool:
             list(pool.map(send_one, pairs))
 
-    def _send_folder(self, folder: Path, target: Path, names: Iterable[str]) -> None:
+    def send_folder(self, folder: Path, target: Path, names: Iterable[str]) -> None:
+        """Store files of a folder as those of another."""
         self.send_as((folder / name, target / name) for name in names)
 
     def put_part(
         self, folder: Path, target: Path, names: Iterable[str], is_whole: Callable[[], bool], keep: bool
     ) -> None:
-        self._send_folder(folder, target, names)
-        self._send_folder(folder, target, ["part.json"])
+        self.send_folder(folder, target, names)
+        self.send_folder(folder, target, ["part.json"])
         remove(target)
         if keep:
             rename(folder, target)
@@ -174,7 +177,7 @@ class Bucket(Storage):
         """A file too large for one request goes in pieces, which no store compares with what is there."""
         for name in names:
             if (folder / name).stat().st_size > _ONE_REQUEST:
-                self._send_folder(folder, target, [name])
+                self.send_folder(folder, target, [name])
             elif not self.put_new(target / name, folder / name):
                 return False
         require_lease()
@@ -225,17 +228,28 @@ class Bucket(Storage):
         self.local.remove(path)
         self.list_again()
 
+    def new_slot(self, path: Path) -> Slot:
+        return BucketSlot(self.objects, self.key(path), path)
+
+
+class BucketWork(Work):
+    """Work in progress here and in the bucket, which keeps the newest whole version of a folder."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        super().__init__(bucket.root)
+        self.bucket = bucket
+
     def keep(self, folder: Path, number: int, last: str) -> None:
         """Older versions go once the new one is whole."""
-        older = [meta["path"] for meta in self.objects.list(self.key(folder))]
+        older = [meta["path"] for meta in self.bucket.objects.list(self.bucket.key(folder))]
         target = folder / f"{number:09d}"
-        self._send_folder(folder, target, [path.name for path in folder.iterdir() if path.name != last])
-        self._send_folder(folder, target, [last])
-        self.objects.delete([key for key in older if not key.startswith(f"{self.key(target)}/")])
+        self.bucket.send_folder(folder, target, [path.name for path in folder.iterdir() if path.name != last])
+        self.bucket.send_folder(folder, target, [last])
+        self.bucket.objects.delete([key for key in older if not key.startswith(f"{self.bucket.key(target)}/")])
 
     def bring_back(self, folder: Path, last: str) -> None:
         """The file `last` comes after the others: a folder without it was not brought whole."""
-        found = (meta["path"] for meta in self.objects.list(self.key(folder)))
+        found = (meta["path"] for meta in self.bucket.objects.list(self.bucket.key(folder)))
         keys = sorted(found, key=lambda key: (key.endswith(f"/{last}"), key))
         whole = [key.rpartition("/")[0] for key in keys if key.endswith(f"/{last}")]
         if not whole:
@@ -243,21 +257,18 @@ class Bucket(Storage):
         remove(folder)
         for key in keys:
             if key.startswith(f"{whole[-1]}/"):
-                self.local.download(folder / key.rpartition("/")[2], key)
+                self.bucket.local.download(folder / key.rpartition("/")[2], key)
 
-    def work_with(self, last: str) -> set[str]:
-        kept = {key.split("/")[1] for key in self.listings.of("tmp").found if key.endswith(f"/{last}")}
-        return super().work_with(last) | kept
+    def names_with(self, last: str) -> set[str]:
+        kept = {key.split("/")[1] for key in self.bucket.listings.of("tmp").found if key.endswith(f"/{last}")}
+        return super().names_with(last) | kept
 
-    def work_names(self) -> set[str]:
-        return super().work_names() | {key.split("/")[1] for key in self.listings.of("tmp").found}
+    def names(self) -> set[str]:
+        return super().names() | {key.split("/")[1] for key in self.bucket.listings.of("tmp").found}
 
-    def work_footprint(self, path: Path) -> tuple[int, float]:
-        both = super().work_footprint(path), self.footprint(path)
+    def footprint(self, path: Path) -> tuple[int, float]:
+        both = super().footprint(path), self.bucket.footprint(path)
         return sum(n_bytes for n_bytes, _ in both), max(written for _, written in both)
-
-    def new_slot(self, path: Path) -> Slot:
-        return BucketSlot(self.objects, self.key(path), path)
 
 
 class BucketSlot(Slot):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import stat
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ from saeflow.store.lease_slot import FileSlot, Slot
 from saeflow.store.links import Linked, is_file, is_folder, keep_inside, remove, sizes_below, unlinked
 from saeflow.store.records import FileRecord, Generation, PartRecord
 from saeflow.store.storage.traffic import Traffic, bytes_read_here
+from saeflow.store.storage.work import Work
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -56,6 +56,7 @@ class Storage(ABC):
         """Leases that this process holds, by artefact: every object of an artefact shares them."""
         self.lists: WeakValueDictionary[tuple[str, int, str], Generation] = WeakValueDictionary()
         """Lists of parts that are in use, by artefact, number and checksum: a long one takes seconds to read."""
+        self.work = Work(root)
         self._slots: dict[Path, Slot] = {}
 
     def __eq__(self, other: object) -> bool:
@@ -215,30 +216,6 @@ class Storage(ABC):
     @abstractmethod
     def remove(self, path: Path) -> None:
         """Remove a file or folder, wherever it is."""
-
-    def keep(self, folder: Path, number: int, last: str) -> None:  # noqa: B027
-        """Store a folder of work in progress as its version `number`, the file `last` after the others."""
-
-    def bring_back(self, folder: Path, last: str) -> None:  # noqa: B027
-        """Bring the newest whole version of a folder that was kept here, if there is one."""
-
-    def work_with(self, last: str) -> set[str]:
-        """Return the names of folders in tmp/ in which a whole version of some folder was kept."""
-        return {path.parts[-3] for path in unlinked(self.root / "tmp").glob(f"*/*/{last}")}
-
-    def work_names(self) -> set[str]:
-        """Return the names of files and folders in tmp/."""
-        return {path.name for path in unlinked(self.root / "tmp").glob("*")}
-
-    def work_footprint(self, path: Path) -> tuple[int, float]:
-        """Return the bytes of a file or folder in tmp/, and when the newest of it was written."""
-        n_bytes, written = 0, 0.0
-        for each in (path, *path.rglob("*")):
-            with contextlib.suppress(FileNotFoundError):
-                about = each.lstat()
-                is_folder = stat.S_ISDIR(about.st_mode)
-                n_bytes, written = n_bytes + (0 if is_folder else about.st_size), max(written, about.st_mtime)
-        return n_bytes, written
 
     @abstractmethod
     def new_slot(self, path: Path) -> Slot:
