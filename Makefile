@@ -39,7 +39,7 @@ test-all: $(READY)  ## both in one go: what they share is loaded and made once
 test-kernels: $(READY) $(TRITON)  ## the tests of kernels for a GPU: on one, or in Triton's interpreter
 	PYTHONPATH=$(CURDIR)/$(TRITON) $(RUN) -m pytest tests/sae/gpu $(TESTS_AT_ONCE)
 
-test-kernels-tenth: $(READY) $(TRITON)  ## all that compile one; of the long ones a tenth, of the others a fifth, others every day
+test-kernels-tenth: $(READY) $(TRITON)  ## all that compile one; of the others a tenth, another one every day
 	SAEFLOW_TENTH=$(TENTH) PYTHONPATH=$(CURDIR)/$(TRITON) $(RUN) -m pytest tests/sae/gpu $(TESTS_AT_ONCE)
 
 $(TRITON): | $(READY)

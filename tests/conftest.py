@@ -92,10 +92,11 @@ def _made_once(factory: pytest.TempPathFactory, name: str) -> Iterator[tuple[Pat
 
 
 LONG = [
-    "serve", "newcomer", "flows", "cancel", "power", "cluster", "remote", "forecast", "import_sae", "wheel", "kill",
-    "storage", "app", "one_pass",
+    "kill", "hostile_stores", "ranks", "docs", "serve", "flows", "ranks_on_workers", "one_pass", "cluster", "fuzz",
+    "cancel", "storage", "newcomer", "terminal", "ingest", "power", "random_features", "append", "estimates",
+    "open_pages", "app", "wheel", "remote", "forecast", "import_sae",
 ]  # fmt: skip
-"""Files that take longest: they come first, so that no worker is left with one of them at the end."""
+"""Files that take longest, in this order: they come first, so that no worker is left with one of them at the end."""
 
 
 @pytest.hookimpl(trylast=True)
@@ -104,7 +105,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if _is_of_another_day(item)]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
-    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 def _is_of_another_day(item: pytest.Item) -> bool:

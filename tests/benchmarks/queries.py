@@ -89,6 +89,7 @@ def asked(counts: np.ndarray, n_tokens: int) -> list[Asked]:
         Asked("source_contrast", "source_contrast", [["source 0", "source 1"]] * 4, None),
         Asked("feature_quantile_examples", "feature_quantile_examples", each[:8], None),
         Asked("coactivation, from the values", "coactivation", each[:4], None),
+        Asked("coactivation, common", "coactivation", [[f] for f in common[:4]], None),
         Asked("approximate_coactivation", "approximate_coactivation", [[f] for f in common[:4]], None),
     ]
 
@@ -252,7 +253,7 @@ AT_SIZE: dict[int, dict[str, float]] = {
     100_000_000: {"tokens_where, rare": 8, "top_tokens": 10},
     10_000_000_000: {
         "tokens_where, rare": 20, "tokens_where, common": 40, "top_tokens": 15, "token_features": 10,
-        "contexts with values": 50, "coactivation, from the values": 3000,
+        "contexts with values": 50, "coactivation, from the values": 3000, "coactivation, common": 3000,
         **dict.fromkeys(("coactive_features", "feature_histogram", "position_profile", "feature_summary, a page"), 20),
     },
 }  # fmt: skip

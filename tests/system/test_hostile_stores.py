@@ -74,6 +74,7 @@ def test_a_strangers_store_reaches_nothing_outside_of_it(number, try_store):
 
 
 @pytest.mark.long
+@pytest.mark.rotates(5)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_strangers_store_reaches_nothing_outside_of_it_by_any_command(name, try_store):
     try_store(name, *READING.values())

@@ -128,6 +128,7 @@ def test_repair_loses_nothing_that_cannot_be_made_again_and_a_run_makes_the_rest
 
 
 @pytest.mark.long
+@pytest.mark.rotates(3)
 @pytest.mark.parametrize("number", range(30))
 def test_random_damages_lose_nothing_that_cannot_be_made_again(number: int, runner: Runner) -> None:
     assert next(damages(runner, range(number, number + 1)))[1] == []

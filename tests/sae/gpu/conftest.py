@@ -14,7 +14,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where a digit says which tests `.ci/run` takes today, that is a tenth of the long ones, a fifth of the others.
+    """Where a digit says which tests `.ci/run` takes today, that is a tenth of them.
 
     All that compile a kernel are taken every day.
     """
@@ -24,6 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         long = item.get_closest_marker("long")
         if item.path.stem != "test_compiled":
-            item.add_marker(pytest.mark.rotates(10 if long else 5))
+            item.add_marker(pytest.mark.rotates(10))
         if long and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(1800))  # the interpreter has what other tests leave of the processor
