@@ -18,9 +18,10 @@ from saeflow.classes.membership import Ints, Membership
 from saeflow.classes.ranking import Keys, rank_keys
 from saeflow.classes.scores import Scores
 from saeflow.classes.values import FeatureEntries, ValueFiles
+from saeflow.runtime.compiled import compiled
 from saeflow.runtime.progress import Progress
 from saeflow.runtime.threads import in_parallel, n_threads, ranges
-from saeflow.sae.kernels import Doubles, Floats, Ids, compiled
+from saeflow.sae.kernels import Doubles, Floats, Ids
 
 Weights = NDArray[np.uint8]
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.sae.kernels import Doubles, Floats, Ids, Offsets, compiled
+from saeflow.runtime.compiled import compiled
+from saeflow.sae.kernels import Doubles, Floats, Ids, Offsets
 
 Codes = NDArray[np.unsignedinteger[Any]]
 Classes = NDArray[np.uint32]

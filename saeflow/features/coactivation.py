@@ -9,9 +9,10 @@ import numpy as np
 
 from saeflow.activations.sparse_values import SparseValues
 from saeflow.features.counting import Counts
+from saeflow.runtime.compiled import compiled
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae.exact import FeatureMajor, feature_major
-from saeflow.sae.kernels import Doubles, Ids, Matrix, Offsets, compiled
+from saeflow.sae.kernels import Doubles, Ids, Matrix, Offsets
 
 TABLE_FEATURES = 8192
 """Features up to which all pairs are counted in one table."""

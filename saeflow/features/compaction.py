@@ -143,7 +143,7 @@ class PartMerger:
             writer.append(token_ids, sparse)
             if self.bar is not None:
                 self.bar.advance(len(sparse.values))
-        writer.close()
+        writer.finish()
 
     def _note_tokens(self, index: int, counted: bool) -> TokenColumns:
         tokens = self._without_long(read_token_columns(self.selection, index), index)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from saeflow.runtime.compiled import compiled
 from saeflow.sae.exact import FeatureMajor
-from saeflow.sae.kernels import Doubles, Floats, Ids, Offsets, compiled
+from saeflow.sae.kernels import Doubles, Floats, Ids, Offsets
 
 Counts = NDArray[np.int64]
 

@@ -132,6 +132,12 @@ class TokenMajorWriter:
         if self._n_values >= self.file_values:
             self.close()
 
+    def finish(self) -> None:
+        """Close the last file. An order without values has one file, which is empty."""
+        self.close()
+        if not (self.folder / "token_major").exists():
+            write_token_major(self.folder, np.empty(0, np.int64), no_values())
+
     def close(self) -> None:
         """Close the file and give it its name, which says what it holds."""
         if self._writer is None:
@@ -177,14 +183,19 @@ def column_encodings(schema: pa.Schema) -> dict[str, object]:
 def files_of(part: PartRecord, order: str, first: int = 0, last: int = sys.maxsize) -> list[str]:
     """Return a part's files of one order that may hold values of features, or tokens, first..last; sorted by these."""
     names = (file.name for file in part.files)
-    found = [(_ends_of_file(n), n) for n in names if re.match(rf"{order}[./]", n) and n.endswith(".parquet")]
+    mine = [name for name in names if re.match(rf"{order}[./]", name) and name.endswith(".parquet")]
+    found = [(ends_in_name(name) or (0, sys.maxsize), name) for name in mine]
     return [name for (low, high), name in sorted(found) if low <= last and high >= first]
 
 
-def _ends_of_file(name: str) -> tuple[int, int]:
-    """Return the first and last feature, or token, that a file may hold. The name of an older file does not say."""
-    found = re.search(r"/low=(\d+)/high=(\d+)/", name)
-    return (int(found[1]), int(found[2])) if found else (0, sys.maxsize)
+ENDS_IN_NAME = r"/low=(\d{1,18})/high=(\d{1,18})/[^/]*$"
+"""What in a file's name says the first and last feature, or token, that it may hold. Larger numbers say nothing."""
+
+
+def ends_in_name(name: str) -> tuple[int, int] | None:
+    """Return the first and last feature, or token, that a file may hold; None for an older file, which may hold any."""
+    found = re.search(ENDS_IN_NAME, name)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def read_tokens(target: Artefact, part: PartRecord, first: int, last: int) -> tuple[np.ndarray, SparseValues]:

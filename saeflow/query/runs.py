@@ -265,7 +265,8 @@ def _recorded(store: Store, artefact: Artefact) -> dict[str, Any]:
 def _refuse_damage(store: Store, artefact: Artefact, tokens: Artefact, files: Mapping[str, Sequence[str]]) -> None:
     for item in (artefact, tokens):
         item.look_once(partial(_raise_damage, item))
-    for table in (*ORDERS, "feature_stats", "tokens", "documents"):
+    values = ORDERS if artefact.published().total("n_values") else ()
+    for table in (*values, "feature_stats", "tokens", "documents"):
         if not files[table]:
             raise UserError(f"{artefact.id} has no {table} files")
     tokens.storage.look_once(f"{tokens.id} vocabulary", lambda: _refuse_lost_vocabulary(store, artefact, tokens))

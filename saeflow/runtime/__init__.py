@@ -5,6 +5,7 @@ text        text for people: safe to print, short, sizes in words, names like a 
 terminal    the one place that prints
 progress    progress bars and messages
 threads     how many threads, and work spread over them
+compiled    loops compiled by Numba
 linear      the product rows @ weights.T, and the precision it is quickest in
 ranks       processes that work together, as torchrun starts them
 devices     processor or GPU: streams, pinned memory, copies

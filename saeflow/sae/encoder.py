@@ -16,10 +16,11 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from torch import Tensor
 
+from saeflow.runtime.compiled import compiled
 from saeflow.runtime.linear import converted, linear
 from saeflow.runtime.threads import in_parallel, ranges
 from saeflow.sae import kernels
-from saeflow.sae.kernels import Doubles, Floats, Ids, Offsets, compiled
+from saeflow.sae.kernels import Doubles, Floats, Ids, Offsets
 
 GROUP_COLUMNS = 32
 """Columns in a group; the number of features must be a multiple."""

@@ -12,9 +12,7 @@ have the same order.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import numba
 import numpy as np
@@ -23,33 +21,20 @@ from llvmlite import ir
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from saeflow.runtime.compiled import compiled
+
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Bits = NDArray[np.signedinteger[Any]]
 Ids = NDArray[np.int32]
 Matrix = NDArray[Any]
 Offsets = NDArray[np.int64]
-Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 VECTOR_SIZE = 32
 """Pre-activations compared at once."""
 
 ROUNDING = np.int64(1) << 41
 """Half a unit in the last of 11 significand bits, in the bits of a float64."""
-
-
-def compiled(kernel: Kernel, reorder: bool = True) -> Kernel:
-    """Compile a kernel. It may reassociate sums, to use vector registers; their order is the same in every run.
-
-    Without `reorder` every operation is rounded as it is written, on any processor.
-
-    A user who may write no folder of a cache compiles at every start. NUMBA_CACHE_DIR can name one.
-    """
-    relaxed = {"reassoc", "contract"} if reorder else set()
-    made = numba.njit(nogil=True, error_model="numpy", fastmath=relaxed)(kernel)
-    with contextlib.suppress(RuntimeError):
-        made.enable_caching()
-    return cast(Kernel, made)
 
 
 def bits_of(tensor: torch.Tensor) -> Bits:

@@ -217,6 +217,10 @@ class Artefact(Publication):
         if self.record.format_version == FORMAT_VERSION:
             self._describe_again(self.record.model_copy(update={"facts": self.record.facts | facts}))
 
+    def take_format(self) -> None:
+        """Write the record again in the format of this saeflow."""
+        self._describe_again(self.record.model_copy(update={"format_version": FORMAT_VERSION}))
+
     def renew(self) -> None:
         """Write the record again as it is, so that this artefact is the newest of its name."""
         self._describe_again(self.record, force=True)

@@ -13,12 +13,14 @@ import itertools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numba import njit, types
+from numba import types
 
+from saeflow.runtime.compiled import compiled
 from saeflow.store.files import LOOKERS, MANY
 from saeflow.store.lists import FileColumns, by_list, text_letters
 from saeflow.store.records import Damaged, PartRecord
@@ -37,6 +39,7 @@ _statx: Any = types.ExternalFunction("statx", types.int32(types.int32, _TEXT, ty
 _openat: Any = types.ExternalFunction("openat", types.int32(types.int32, _TEXT, types.int32))
 _pread: Any = types.ExternalFunction("pread", types.int64(types.int32, _TEXT, types.uint64, types.int64))
 _close: Any = types.ExternalFunction("close", types.int32(types.int32))
+_compiled = partial(compiled, reorder=False)
 
 
 def confirmed(folder: str, parts: Sequence[PartRecord]) -> list[bool]:
@@ -91,13 +94,13 @@ def _folder_handle(folder: str) -> Iterator[int]:
         os.close(handle)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _end_with_zero(path: np.ndarray, text: np.ndarray) -> None:
     path[: len(text)] = text
     path[len(text)] = 0
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _kind_at(part: int, path: np.ndarray, about: np.ndarray) -> int:
     """Return what is at a path inside of an open folder, and note its size in `about`; 0 if nothing is there."""
     if _statx(part, path.ctypes, _NO_FOLLOW, _MODE_AND_SIZE, about.view(np.uint8).ctypes) != 0:
@@ -105,7 +108,7 @@ def _kind_at(part: int, path: np.ndarray, about: np.ndarray) -> int:
     return int(about.view(np.uint16)[14] & 0o170000)
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _look(
     handle: int,
     folders: np.ndarray,
@@ -139,7 +142,7 @@ def _look(
     return there
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _contents(
     handle: int, folders: np.ndarray, starts: np.ndarray, record: np.ndarray, path: np.ndarray, content: np.ndarray
 ) -> np.ndarray:
@@ -162,7 +165,7 @@ def _contents(
     return ends
 
 
-@njit(nogil=True, cache=True)
+@_compiled
 def _folders_are_there(part: int, name: np.ndarray, path: np.ndarray, about: np.ndarray) -> bool:
     """Put a name into `path`, and look at the folders that it leads through, but for those of the name before it.
 

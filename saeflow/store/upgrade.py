@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import flush_tree, rename
-from saeflow.store.links import remove, unlinked
-from saeflow.store.records import PartRecord, read_checked, write_checked, write_record
+from saeflow.store.records import PartRecord, checked_text, read_checked, write_checked, write_record
 from saeflow.store.store import Store
 
 
@@ -17,10 +12,11 @@ def upgrade(store: Store) -> list[str]:
     """Bring the records of a store to the format of this saeflow. Return lines that say what was done."""
     done = []
     for artefact in store.artefacts():
-        if artefact.record.format_version < FORMAT_VERSION:
+        before = artefact.record.format_version
+        if before < FORMAT_VERSION:
             with artefact.writing():
                 _upgrade(store, artefact)
-            done.append(f"{artefact.id}: format {artefact.record.format_version} to {FORMAT_VERSION}")
+            done.append(f"{artefact.id}: format {before} to {FORMAT_VERSION}")
     if read_checked(store.root / "store.json")["format_version"] < FORMAT_VERSION:
         write_checked(store.root / "store.json", {"format_version": FORMAT_VERSION})
         store.storage.send(store.root / "store.json")
@@ -33,7 +29,7 @@ def _upgrade(store: Store, artefact: Artefact) -> None:
     if generation is not None:
         inputs = [store.by_id(name) for name in artefact.record.inputs if not name.startswith("saes/")]
         artefact.publish([_upgraded(artefact, part, inputs) for part in generation.parts])
-    write_record(artefact.path / "artefact.json", artefact.record.model_copy(update={"format_version": FORMAT_VERSION}))
+    artefact.take_format()
 
 
 def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> PartRecord:
@@ -43,14 +39,10 @@ def _upgraded(artefact: Artefact, part: PartRecord, inputs: list[Artefact]) -> P
     folders = ((str(each.kind), p) for each in inputs for p in each.published().parts)
     made_from = {kind: p.folder for kind, p in folders if p.index == part.index}
     fresh = PartRecord(index=part.index, counts=part.counts, files=part.files, inputs=made_from)
-    if fresh.folder == part.folder:
-        write_record(artefact.part_path(part) / "part.json", fresh)
-        return fresh
-    folder = artefact.own_work / fresh.folder
-    shutil.copytree(unlinked(artefact.part_path(part)), folder, symlinks=True, copy_function=os.link)
-    (folder / "part.json").unlink()
-    write_record(folder / "part.json", fresh)
-    flush_tree(folder)
-    remove(artefact.part_path(fresh))
-    rename(folder, artefact.part_path(fresh))
+    source, target = artefact.part_path(part), artefact.part_path(fresh)
+    if source == target:
+        write_record(target / "part.json", fresh)
+        artefact.storage.send(target / "part.json")
+    else:
+        artefact.storage.copy_part(source, target, artefact.own_work / fresh.folder, checked_text(fresh.as_json))
     return fresh

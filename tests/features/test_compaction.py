@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from saeflow.features.compaction import USUAL_MERGE, MergeSettings, plan_merges
 from saeflow.features.files import feature_buckets, files_of
@@ -26,12 +27,13 @@ from saeflow.pipeline.lifecycle.forget import forget
 from saeflow.pipeline.lineage import Lineage, last_log_row
 from saeflow.query.ask import query
 from saeflow.query.connection import check, connect
+from saeflow.recipe.recipe import parse_recipe
 from saeflow.runtime.errors import UserError
 from saeflow.store.artefact import Artefact
 from saeflow.store.records import PartRecord
 from saeflow.store.store import Store
 from tests.conftest import Finished
-from tests.support.small_pipeline import quiet, tree
+from tests.support.small_pipeline import quiet, recipe_data, tree
 
 Row = tuple[int, int, float]
 
@@ -188,6 +190,23 @@ def test_features_that_fire_together_are_the_same_however_much_memory_counting_h
     compacted(other, MergeSettings(table_features=0, pair_bytes=4 * 64 * 10))
     compacted(copied)
     assert tree(run_of(other).path / "parts") == tree(target.path / "parts")
+
+
+def test_a_run_in_which_no_feature_fires_answers_before_and_after_its_parts_are_merged(copied, ingredients, tmp_path):
+    sae = shutil.copytree(Lineage(copied.store, copied.recipe).sae.path, tmp_path / "sae")
+    tensors = load_file(sae / "sae_weights.safetensors")
+    tensors["threshold"].fill_(1e9)
+    save_file(tensors, sae / "sae_weights.safetensors")
+    recipe = parse_recipe(recipe_data(ingredients, name="silent", data="small", sae={"source": str(sae)}, train=None))
+    lineage = Lineage(copied.store, recipe)
+    stages.run(lineage, quiet())
+    for _ in range(2):
+        with connect(copied.store, "silent") as connection:
+            assert query(connection, "select * from tokens_where(0, 0)").num_rows == 0
+            assert set(query(connection, "select n_tokens from feature_summary").column(0).to_pylist()) == {0}
+            assert not [name for name, rows in check(connection) if len(rows)]
+        compact.run(lineage.anew(), quiet(), enough=2)
+    assert len(lineage.anew().features.published().parts) == 1
 
 
 def test_a_compacted_run_is_not_encoded_again_and_compacting_twice_changes_nothing(copied):

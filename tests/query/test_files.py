@@ -30,7 +30,7 @@ from saeflow.query.questions import questions
 from saeflow.query.runs import runs
 from saeflow.store.store import Store
 from tests.benchmarks import _made_run
-from tests.support.small_store import Document, Given
+from tests.support.small_store import VALUES, Document, Given
 
 ABOUT = {
     "feature": 2, "other": 0, "features": [0, 2], "thresholds": [0.0, 0.0], "token": 7, "distance": 3, "low": 0.1,
@@ -155,6 +155,14 @@ def test_the_chosen_files_are_those_whose_names_say_that_they_may_hold_a_number(
         path for path, (low, more) in zip(paths, ends, strict=True) if any(low <= n <= low + more for n in numbers)
     ]
     assert FileRanges(paths).holding(numbers) == (holding or paths[:1])
+
+
+def test_a_file_whose_name_has_too_large_a_number_may_hold_anything(tmp_path: Path) -> None:
+    given = Given(n_buckets=2, names={("feature_major", 0): (0, 99999999999999999999)})
+    run, connection = connect_to_run(given.write(tmp_path / "store"))
+    with closing(connection):
+        found = [ask(connection, "tokens_where", [f], run=run).column("value").to_pylist() for f in range(3)]
+    assert found == [[value for _, other, value in VALUES if other == f] for f in range(3)]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.lists(st.integers(-5, 320)))

@@ -28,6 +28,7 @@ from saeflow.store.garbage import collect_garbage
 from saeflow.store.store import Store
 from saeflow.store.upgrade import upgrade
 from saeflow.store.verify import verify
+from tests.support.s3_server import s3_server
 from tests.support.small_pipeline import quiet, tree
 
 OLD = sorted((Path(__file__).resolve().parents[1] / "stores").glob("format_*"))
@@ -107,6 +108,25 @@ def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store) -> None
     assert was_format_1 or {Path(name).name for name in changed} == {"store.json", "artefact.json"}
     assert rows(old, FIGURES) == before
     assert "already" in upgrade(old)[0]
+
+
+@pytest.mark.parametrize("old", OLD[:-1], ids=lambda folder: folder.name, indirect=True)
+def test_an_old_store_in_a_bucket_is_upgraded_for_every_machine(
+    old: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rows(old, FIGURES)
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        url = f"{server.bucket('old')}/store"
+        server.upload(old.root, "old", "store")
+        assert len(upgrade(Store.open(url))) == len(old.artefacts())
+        monkeypatch.setenv("SAEFLOW_CACHE", str(tmp_path / "another machine"))
+        store = Store.open(url)
+        assert {artefact.record.format_version for artefact in store.artefacts()} == {FORMAT_VERSION}
+        assert "already" in upgrade(store)[0]
+        assert [str(each) for each in verify(store, full=True)] == []
+        assert rows(store, FIGURES) == before
 
 
 @pytest.mark.long

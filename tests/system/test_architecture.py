@@ -139,6 +139,12 @@ def test_saeflow_knows_neither_prefect_nor_the_flows(module):
     assert not roots & {"prefect", "flows", "tests"}
 
 
+def test_loops_are_compiled_in_one_way_which_works_without_a_cache():
+    compiles = re.compile(r"numba\.n?jit|from numba import .*jit")
+    found = [path.stem for path in modules().values() if compiles.search(path.read_text("utf-8"))]
+    assert found == ["compiled"]
+
+
 def test_nothing_unpickles_or_runs_code_of_an_artefact():
     for path in [*modules().values(), *(ROOT / "flows").glob("*.py")]:
         assert not {name.split(".")[0] for name in imported(path)} & {"pickle", "dill", "cloudpickle", "joblib"}, path

@@ -29,7 +29,7 @@ FormatOption = Annotated[
 ]
 Limit = Annotated[
     int | None,
-    typer.Option("--limit", "-n", min=1, help="Most rows. Default: all, but on a terminal only the first."),
+    typer.Option("--limit", "-n", min=1, max=10**12, help="Most rows. Default: all, but on a terminal only the first."),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="File to write instead of the terminal.")]
 

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saeflow.meaning.token_rules.hashing import LEAST_FIRINGS, TRAINING, Places, Sides, mixed_number
-from saeflow.sae.kernels import Ids, compiled
+from saeflow.runtime.compiled import compiled
+from saeflow.sae.kernels import Ids
 
 MOST_KEYS = 6
 """Keys of one family in a rule: more than a reader takes in at a glance is no simple rule."""

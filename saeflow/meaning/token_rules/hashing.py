@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.sae.kernels import Ids, compiled
+from saeflow.runtime.compiled import compiled
+from saeflow.sae.kernels import Ids
 
 Places = NDArray[np.int64]
 Sides = NDArray[np.uint8]

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from saeflow.features.counting import Counts
 from saeflow.meaning.token_rules.counting import MOST_KEYS, Firings, is_among
 from saeflow.meaning.token_rules.hashing import HELD_OUT, Hashes, Places, Sides, mixed_number
-from saeflow.sae.kernels import Ids, compiled
+from saeflow.runtime.compiled import compiled
+from saeflow.sae.kernels import Ids
 
 MOST_MISTAKES = 5
 """Mistakes of each kind that are kept of a rule."""

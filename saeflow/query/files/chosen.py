@@ -8,7 +8,6 @@ token, it lists those that may hold them; afterwards, all of them again.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from saeflow.features.files import ends_in_name
 from saeflow.query.files.quoting import identifier, literal, unglobbed
 
 FEATURE_PARAMETERS = ("feature", "other", "features", "with_feature", "without_feature")
@@ -26,16 +26,15 @@ TOKEN = "token"
 
 _LISTS = "main.lists_of_files"
 _KEPT = pa.schema({"name": pa.string(), "files": pa.list_(pa.string())})
-_ENDS = re.compile(r"/low=(\d+)/high=(\d+)/[^/]*$")
 
 
 class FileRanges:
     """The files of one order, each with the first and last feature, or token, that its name says it may hold."""
 
     def __init__(self, paths: Sequence[str]) -> None:
-        self.paths = [path for path in paths if _ENDS.search(path)]
-        ends = [_ENDS.search(path).groups() for path in self.paths]  # type: ignore[union-attr]
-        self._lows, self._highs = np.array(ends, np.int64).reshape(-1, 2).T
+        found = [(path, ends) for path in paths if (ends := ends_in_name(path))]
+        self.paths = [path for path, _ in found]
+        self._lows, self._highs = np.array([ends for _, ends in found], np.int64).reshape(-1, 2).T
 
     def holding(self, numbers: Collection[int]) -> list[str]:
         """Return the files that may hold one of these features, or tokens. At least one: DuckDB reads no empty list."""

@@ -5,7 +5,6 @@ Names of files and columns, and numbers, become literals; no text of a user is u
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pyarrow as pa
 from saeflow.corpus.token_parts import BLOCK_TOKENS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.features.beside import ProbeFile
+from saeflow.features.files import ENDS_IN_NAME, ends_in_name
 from saeflow.features.schema import (
     EFFECTS,
     LABELS,
@@ -33,7 +33,6 @@ Files = Mapping[str, Sequence[str]]
 Ranges = Sequence[tuple[int, int]]
 
 _HIVE = "hive_partitioning = true, hive_types = {'low': bigint, 'high': bigint}"
-_BY_NAME = r"regexp_extract(filename, '/low=(\d+)/high=(\d+)/[^/]*$', {})::bigint"
 _SQL_TYPES = {
     pa.int16(): "smallint", pa.int32(): "integer", pa.int64(): "bigint", pa.float32(): "float",
     pa.float64(): "double", pa.string(): "varchar", pa.bool_(): "boolean",
@@ -159,8 +158,8 @@ def _select_values(order: str, paths: Sequence[str], left_out: Ranges, lists: Fi
     Files of an earlier saeflow do not name their range, so they may hold anything. A folder `value=9` above the store
     would replace the file's own column of that name; there low and high are cut out of the file names instead.
     """
-    ranged = [path for path in paths if _names_its_range(path)]
-    others = [path for path in paths if not _names_its_range(path)]
+    ranged = [path for path in paths if ends_in_name(path)]
+    others = [path for path in paths if not ends_in_name(path)]
     columns = ", ".join(VALUES[order].names)
     everywhere = "0::bigint as low, 9223372036854775807 as high"
     parts = [_select_ranged(columns, ranged, lists.listed(order, ranged, may_be_few=True))] if ranged else []
@@ -178,13 +177,9 @@ def _outside(ranges: Ranges, column: str = "token_id") -> str:
 
 def _select_ranged(columns: str, paths: Sequence[str], listed: str) -> str:
     if any("=" in path.rpartition("/low=")[0] for path in paths):
-        low, high = map(_BY_NAME.format, (1, 2))
+        low, high = (f"regexp_extract(filename, {literal(ENDS_IN_NAME)}, {whole(end)})::bigint" for end in (1, 2))
         return f"select {columns}, {low} as low, {high} as high, filename from {_read_listed(listed)}"
     return f"select {columns}, low, high, filename from {_read_listed(listed, _HIVE)}"
-
-
-def _names_its_range(path: str) -> bool:
-    return re.search(r"/low=\d+/high=\d+/[^/]*$", path) is not None
 
 
 def outline(files: Files) -> dict[str, Sequence[str]]:
@@ -198,7 +193,7 @@ def outline(files: Files) -> dict[str, Sequence[str]]:
 
 def _one_of_each_sort(paths: Sequence[str]) -> list[str]:
     """Return the first file that names its range, and the first that does not."""
-    first = {_names_its_range(path): path for path in reversed(paths)}
+    first = {ends_in_name(path) is not None: path for path in reversed(paths)}
     return list(first.values())
 
 

@@ -10,7 +10,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from saeflow.sae.kernels import Floats, Matrix, compiled
+from saeflow.runtime.compiled import compiled
+from saeflow.sae.kernels import Floats, Matrix
 from saeflow.sae.optimizer.codes import BLOCK_COLUMNS
 
 Codes = NDArray[np.uint8]

@@ -171,6 +171,13 @@ class Bucket(Storage):
         else:
             remove(folder)
 
+    def copy_part(self, source: Path, target: Path, work: Path, record: str) -> None:
+        self.objects.copy_all(self.key(source), self.key(target))
+        self.listings.forget(self.key(target))
+        with replacing(target / "part.json") as temporary:
+            temporary.write_text(record, "utf-8")
+        self.send(target / "part.json")
+
     def put_whole(
         self, folder: Path, target: Path, names: Iterable[str], last: str, require_lease: Callable[[], None]
     ) -> bool:

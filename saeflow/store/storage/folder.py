@@ -185,6 +185,13 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def copy_part(self, source: Path, target: Path, work: Path, record: str) -> None:
+        """Make a part `target` with the files of `source`, which are not written again, and another record.
+
+        `work` is a folder of work in progress that is not there yet.
+        """
+
+    @abstractmethod
     def put_whole(
         self, folder: Path, target: Path, names: Iterable[str], last: str, require_lease: Callable[[], None]
     ) -> bool:
@@ -303,6 +310,14 @@ class Folder(Storage):
             if not is_whole():
                 raise
             remove(folder)
+
+    def copy_part(self, source: Path, target: Path, work: Path, record: str) -> None:
+        shutil.copytree(unlinked(source), work, symlinks=True, copy_function=os.link)
+        with replacing(work / "part.json") as temporary:
+            temporary.write_text(record, "utf-8")
+        flush_tree(work)
+        remove(target)
+        rename(work, target)
 
     def put_whole(
         self, folder: Path, target: Path, names: Iterable[str], last: str, require_lease: Callable[[], None]
