@@ -20,12 +20,12 @@ from saeflow.query.catalog import OF_EVERY_RUN
 from saeflow.query.connection import connect_to_run
 from saeflow.query.files.chosen import list_all
 from saeflow.query.files.quoting import identifier
+from saeflow.query.generations import generations
 from saeflow.query.kept_catalog import expect_many_connections
 from saeflow.query.runs import Run
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.memory import total_memory
 from saeflow.runtime.sql_errors import QUERY_ERRORS
-from saeflow.store.records import BESIDE
 from saeflow.store.store import Store
 
 Made = TypeVar("Made")
@@ -178,19 +178,3 @@ def opened_alone(store: Store, name: str | None) -> Iterator[OpenedRun]:
     run, connection = connect_to_run(store, name, for_pages=True)
     with contextlib.closing(connection):
         yield OpenedRun(store, run, connection)
-
-
-def generations(store: Store) -> object:
-    """Return what changes whenever a run, its tokens, a file of labels, or what is known beside them is published."""
-    found = []
-    for artefact in store.artefacts("features", "tokens"):
-        with contextlib.suppress(OSError):
-            found.append((artefact.id, (artefact.path / "manifest.json").stat().st_mtime_ns))
-            found.append((artefact.id, (artefact.path / "quality.json").stat().st_mtime_ns))
-    for artefact in store.artefacts(*BESIDE):
-        with contextlib.suppress(OSError):
-            found.append((artefact.id, (artefact.path / "artefact.json").stat().st_mtime_ns))
-    for path in sorted((store.root / "labels").glob("*/*.*")):
-        with contextlib.suppress(OSError):
-            found.append((str(path), path.stat().st_mtime_ns))
-    return tuple(found)

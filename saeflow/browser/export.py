@@ -15,12 +15,13 @@ from saeflow import __version__
 from saeflow.browser import charts
 from saeflow.browser.address import Asked
 from saeflow.browser.answers import Page, as_html, page_as_json
-from saeflow.browser.connections import Connections, OpenedRun, generations
+from saeflow.browser.connections import Connections, OpenedRun
 from saeflow.browser.output import OutputFolder
 from saeflow.browser.pages import PAGES, questions
 from saeflow.browser.panels import Panel, address_of_run
 from saeflow.browser.static_copy import static_copy
 from saeflow.query.ask import resolve_names
+from saeflow.query.generations import generations
 from saeflow.query.questions import find_question
 from saeflow.recipe.fingerprint import fingerprint
 from saeflow.runtime.threads import map_in_order, n_threads

@@ -24,7 +24,6 @@ from saeflow.runtime.terminal import Terminal, prepare_streams, printing_logs
 from saeflow.runtime.text import sanitise
 
 if TYPE_CHECKING:
-    import duckdb
     from rich.table import Table
 
     from saeflow.recipe.recipe import Recipe
@@ -171,14 +170,6 @@ def existing_store(option: str | None) -> Store:
 def store_argument(store: Store) -> str:
     """Return what a printed command needs to mean this store: ` --store …`, or nothing if SAEFLOW_STORE is set."""
     return sanitise(f" --store {shlex.quote(store.name)}") if "SAEFLOW_STORE" not in os.environ else ""
-
-
-@contextlib.contextmanager
-def connection_to(option: str | None, run: str | None) -> Iterator[duckdb.DuckDBPyConnection]:
-    from saeflow.query.connection import connect
-
-    with contextlib.closing(connect(existing_store(option), run)) as connection:
-        yield connection
 
 
 def progress_of(quiet: bool, verbose: bool, recipe: Recipe) -> Progress:

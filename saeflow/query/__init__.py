@@ -7,6 +7,7 @@ outside        what else a question may need: tokens that a select chooses, cosi
 runs           the runs of a store, and the files each is made of
 run_records    a run's stages, settings and log of training
 connection     DuckDB with that SQL loaded, nothing else to read, and the checks
+generations    what was published when somebody began to read
 kept_catalog   what DuckDB has made of that SQL before
 files          the files that answers come from, as SQL, and which of them one question reads
 labels         labels of features

@@ -14,6 +14,7 @@ import pyarrow as pa
 from saeflow.query.ask import ask, query, resolve_names, strengths_of
 from saeflow.query.connection import connect_to_run
 from saeflow.query.files.cost import Cost, Spent, Watch
+from saeflow.query.generations import generations, opened_at
 from saeflow.query.new_text import model_settings
 from saeflow.query.outside.supply import supply
 from saeflow.query.questions import Question, find_question, name_arguments, parse_arguments, questions
@@ -35,8 +36,11 @@ class OpenRun:
     quicker than planning a short statement twice.
     """
 
-    def __init__(self, store: Store, run: Run, connection: duckdb.DuckDBPyConnection, connecting: Spent) -> None:
+    def __init__(
+        self, store: Store, run: Run, connection: duckdb.DuckDBPyConnection, connecting: Spent, state: object
+    ) -> None:
         self.store, self._run, self._connection, self._connecting = store, run, connection, connecting
+        self._state = state
 
     @classmethod
     def open(
@@ -54,8 +58,9 @@ class OpenRun:
         """
         watch = Watch()
         opened = Store.open(store_path(None if store is None else os.fspath(store)))
+        state = generations(opened)
         found, connection = connect_to_run(opened, run, memory_limit, threads)
-        return cls(opened, found, connection, watch.spent(opened.storage))
+        return cls(opened, found, connection, watch.spent(opened.storage), state)
 
     @property
     def name(self) -> str:
@@ -95,13 +100,15 @@ class OpenRun:
         self, question: Question, arguments: Sequence[object], named: Mapping[str, object], limit: int | None
     ) -> tuple[dict[str, Any], pa.Table]:
         values = parse_arguments(question, name_arguments(question, arguments, named))
-        values = resolve_names(self._connection, question, values)
-        readings = supply(self.store, self._run, self._connection, question, values)
-        return values, ask(self._connection, question.name, values, limit, readings, self._run)
+        with opened_at(self.store, self._state):
+            values = resolve_names(self._connection, question, values)
+            readings = supply(self.store, self._run, self._connection, question, values)
+            return values, ask(self._connection, question.name, values, limit, readings, self._run)
 
     def sql(self, statement: str, parameters: Sequence[object] = (), limit: int | None = None) -> pa.Table:
         """Run one statement that only reads. Each `?` in it stands for one of the parameters. Raises UserError."""
-        return query(self._connection, statement, parameters, limit)
+        with opened_at(self.store, self._state):
+            return query(self._connection, statement, parameters, limit)
 
     def questions(self) -> list[Question]:
         """Return the questions that can be asked: their names, parameters, and what each answers."""

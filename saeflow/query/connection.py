@@ -40,6 +40,7 @@ from saeflow.query.files.quoting import identifier, literal, unglobbed
 from saeflow.query.files.token_index import Documents, TokenIndex
 from saeflow.query.files.token_texts import TokenTexts
 from saeflow.query.files.vocabulary import Vocabulary
+from saeflow.query.generations import generations, has_changed
 from saeflow.query.kept_catalog import make_upon_sources
 from saeflow.query.runs import Run, pick_run, run_of_parts, runs
 from saeflow.runtime.errors import UserError
@@ -106,7 +107,10 @@ def connect_to_run(
 
     `for_pages`: labels that change later are not seen, and only questions that are in `names` read several runs.
     """
-    every, made = [replace(each, number=place) for place, each in enumerate(runs(store))], False
+    before, made = generations(store), False
+    every = [replace(each, number=place) for place, each in enumerate(runs(store))]
+    if any(each.problem for each in every) and has_changed(store, before):  # it may be of files that were removed
+        return connect_to_run(store, run, memory_limit, threads, many_files, for_pages, names)
     while not made:
         current, connection = pick_run(store, every, run), open_duckdb(store, memory_limit, threads)
         try:
@@ -114,6 +118,8 @@ def connect_to_run(
             made = True
         except QUERY_ERRORS as error:
             connection.close()
+            if has_changed(store, before):
+                return connect_to_run(store, run, memory_limit, threads, many_files, for_pages, names)
             with _tables_as_written(store):
                 every = _without_damaged(store, every, error)
     for skipped in (other for other in every if other.problem):

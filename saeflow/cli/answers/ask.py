@@ -7,6 +7,7 @@ import itertools
 import re
 import textwrap
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from saeflow.query.questions import Question
+    from saeflow.store.store import Store
 
 
 ask_commands = typer.Typer()
@@ -87,11 +89,7 @@ def ask_command(
 
     Examples: `saeflow ask top_tokens 123 10`, `saeflow ask tokens_where 123 0.5 -f csv`
     """
-    from saeflow.query.ask import as_statement, ask, names_read, resolve_names
-    from saeflow.query.connection import connect_to_run
-    from saeflow.query.files.cost import Cost, Spent, Watch
-    from saeflow.query.outside.approximation import estimate_of, reads_for_estimate
-    from saeflow.query.outside.supply import supply
+    from saeflow.query.generations import again_if_replaced
     from saeflow.query.questions import find_question
 
     if question is None:
@@ -101,35 +99,60 @@ def ask_command(
     chosen = find_question(question)
     given = _by_name(chosen, arguments or [])
     values = _parse_or_explain(chosen, given)
-    reply = Reply(format, output, limit)
-    watch, spent = Watch(), list[Spent]()
-    opened = existing_store(store)
-    whole = chosen.takes_select and values["sql"]  # a select may read any view
-    names = names_read(chosen, values) | reads_for_estimate(question)
-    current, connection = connect_to_run(opened, run, names=None if whole else names)
-    spent.append(watch.spent(opened.storage))
-    with contextlib.closing(connection):
-        values = resolve_names(connection, chosen, values)
-        if show_sql and not whole:
-            return write_words(as_statement(connection, chosen, values, limit), output)
-        readings = supply(opened, current, connection, chosen, values)
-        estimate = None
-        if not exact and reply.is_watched:
-            estimate = estimate_of(connection, chosen, values, readings)
-        if estimate:
-            _show_estimate(reply, partial(ask, connection, readings=readings, run=current), *estimate, "n" in given)
-            watch.spent(opened.storage)
+    reply, opened = Reply(format, output, limit), existing_store(store)
+    asking = _Asking(opened, run, chosen, values, reply, "n" in given, show_sql, explain, exact)
+    return again_if_replaced(opened, asking.answer)
 
-        def find(most: int | None) -> pa.Table:
-            table = ask(connection, question, values, most, readings, current)
-            spent.append(watch.spent(opened.storage))
-            return table
 
-        answer = reply.write(find, None if "n" in given else 20)
-    if explain:
-        cost = Cost.of(current, question, values, answer, *spent)
-        print_note(cost.as_json() if reply.form in ("json", "jsonl") else str(cost))
-    return None
+@dataclass(frozen=True)
+class _Asking:
+    """A question with the values of its parameters, and how it is to be answered."""
+
+    store: Store
+    run: str | None
+    question: Question
+    values: dict[str, Any]
+    reply: Reply
+    says_how_many: bool
+    show_sql: bool
+    explain: bool
+    exact: bool
+
+    def answer(self) -> None:
+        from saeflow.query.ask import as_statement, ask, names_read, resolve_names
+        from saeflow.query.connection import connect_to_run
+        from saeflow.query.files.cost import Cost, Spent, Watch
+        from saeflow.query.outside.approximation import estimate_of, reads_for_estimate
+        from saeflow.query.outside.supply import supply
+
+        watch, spent, reply, name = Watch(), list[Spent](), self.reply, self.question.name
+        whole = self.question.takes_select and self.values["sql"]  # a select may read any view
+        names = names_read(self.question, self.values) | reads_for_estimate(name)
+        current, connection = connect_to_run(self.store, self.run, names=None if whole else names)
+        spent.append(watch.spent(self.store.storage))
+        with contextlib.closing(connection):
+            values = resolve_names(connection, self.question, self.values)
+            if self.show_sql and not whole:
+                return write_words(as_statement(connection, self.question, values, reply.limit), reply.output)
+            readings = supply(self.store, current, connection, self.question, values)
+            estimate = None
+            if not self.exact and reply.is_watched:
+                estimate = estimate_of(connection, self.question, values, readings)
+            if estimate:
+                again = partial(ask, connection, readings=readings, run=current)
+                _show_estimate(reply, again, *estimate, self.says_how_many)
+                watch.spent(self.store.storage)
+
+            def find(most: int | None) -> pa.Table:
+                table = ask(connection, name, values, most, readings, current)
+                spent.append(watch.spent(self.store.storage))
+                return table
+
+            answer = reply.write(find, None if self.says_how_many else 20)
+        if self.explain:
+            cost = Cost.of(current, name, values, answer, *spent)
+            print_note(cost.as_json() if reply.form in ("json", "jsonl") else str(cost))
+        return None
 
 
 def _show_estimate(

@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saeflow.cli.answers.reply import FormatOption, Limit, Output, Reply, write_words
-from saeflow.cli.common import RunOption, StoreOption, connection_to, err, existing_store, print_note
+from saeflow.cli.common import RunOption, StoreOption, err, existing_store, print_note
 from saeflow.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import duckdb
+
+    from saeflow.store.store import Store
 
 sql_commands = typer.Typer()
 
@@ -32,33 +38,48 @@ def sql_command(
 
     Example: `saeflow sql 'select count(*) from tokens'`
     """
-    from saeflow.query.ask import query as run_query
+    from saeflow.query.generations import again_if_replaced
 
     reply = Reply(format, output, limit)
     if script:
         from saeflow.query.catalog import script_of_run
 
         return write_words(script_of_run(existing_store(store), run), output)
-    with connection_to(store, run) as connection:
-
-        def answer(statement: str) -> None:
-            reply.write(lambda most: run_query(connection, statement, limit=most), 1000)
-
-        if query is not None or not sys.stdin.isatty():
-            return answer(query if query is not None else _standard_input())
-        if output is not None:
-            raise UserError(f"Which answer belongs in {output}? Give the query too: saeflow sql 'select …' -o {output}")
-        _answer_prompt(answer)
-    return None
+    opened = existing_store(store)
+    if query is not None or not sys.stdin.isatty():
+        statement = query if query is not None else _standard_input()
+        return again_if_replaced(opened, partial(_answer_one, opened, run, reply, statement))
+    if output is not None:
+        raise UserError(f"Which answer belongs in {output}? Give the query too: saeflow sql 'select …' -o {output}")
+    return _answer_prompt(opened, run, reply)
 
 
-def _answer_prompt(answer: Callable[[str], None]) -> None:
+def _answer_one(store: Store, run: str | None, reply: Reply, statement: str) -> None:
+    from saeflow.query.connection import connect
+
+    with contextlib.closing(connect(store, run)) as connection:
+        _answer(connection, reply, statement)
+
+
+def _answer_prompt(store: Store, run: str | None, reply: Reply) -> None:
     """Answer statements as they are typed. An error ends only the statement."""
-    for statement in typed_statements():
-        try:
-            answer(statement)
-        except UserError as error:
-            print_note(str(error), style="red")
+    from saeflow.query.connection import connect
+    from saeflow.query.generations import generations, opened_at
+
+    state = generations(store)
+    with contextlib.closing(connect(store, run)) as connection:
+        for statement in typed_statements():
+            try:
+                with opened_at(store, state):
+                    _answer(connection, reply, statement)
+            except UserError as error:
+                print_note(str(error), style="red")
+
+
+def _answer(connection: duckdb.DuckDBPyConnection, reply: Reply, statement: str) -> None:
+    from saeflow.query.ask import query
+
+    reply.write(lambda most: query(connection, statement, limit=most), 1000)
 
 
 def _standard_input() -> str:
