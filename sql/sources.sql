@@ -60,6 +60,9 @@ select feature_id, token_id, value, low, high, filename from $feature_major;
 create or replace view src_token_major as
 select token_id, feature_id, value, low, high, filename from $token_major;
 
+create or replace macro src_values_at(tokens) as table
+$values_at;
+
 create or replace view src_parts as
 select part, folder, first_token_id, end_token_id from $parts;
 

@@ -2,7 +2,7 @@
 --
 -- Grain:   one row per other feature that fires there at least once, the largest Jaccard index first. With a shift, the
 --          feature itself may be among them.
--- Reads:   tokens_of_feature, stg_token_major, stg_feature_stats, stg_size, stg_shape, token_owners,
+-- Reads:   tokens_of_feature, values_at, stg_feature_stats, stg_size, stg_shape, token_owners,
 --          jaccard_index, mutual_information
 -- Units:   n_both counts the tokens t at which the feature fires and the other fires at t + shift, in the same sequence
 --          and document. n_feature and n_other count all tokens at which each fires; N counts the encoded tokens.
@@ -25,8 +25,7 @@ shifted as materialized (
 ),
 counts as materialized (
     select feature_id as other_id, count(*) as n_both
-    from stg_token_major
-    where token_id in (from shifted)
+    from values_at((select list(token_id) from shifted))
     group by feature_id
 ),
 own as (

@@ -1,7 +1,7 @@
 -- Features that fire together with a feature in a source, between two dates, or in a range of parts.
 --
 -- Grain:   one row per other feature that fires there at least once, the largest Jaccard index first.
--- Reads:   tokens_of_feature, stg_document_places, within_documents, within_stats, stg_token_major, jaccard_index,
+-- Reads:   tokens_of_feature, stg_document_places, within_documents, within_stats, values_at, jaccard_index,
 --          mutual_information
 -- Units:   the columns are those of coactivation, but of the range alone: n_both, n_feature, n_other and N count tokens
 --          of the range. The range is that of summary_within. All are exact. n_both is counted from the values at the
@@ -28,8 +28,7 @@ own as (
 ),
 counts as materialized (
     select feature_id as other_id, count(*) as n_both
-    from stg_token_major
-    where token_id in (from firing)
+    from values_at((select list(token_id) from firing))
     group by feature_id
 ),
 sizes as materialized (

@@ -1,7 +1,7 @@
 -- What tells some tokens from the rest: five examples, the documents of a query, or a million tokens.
 --
 -- Grain:   one row per feature that fires on a chosen token, the largest score first; ties by feature; at most n.
--- Reads:   stg_tokens_encoded, stg_token_major, stg_feature_stats, stg_size, feature_names, telling_bits
+-- Reads:   stg_tokens_encoded, values_at, stg_feature_stats, stg_size, feature_names, telling_bits
 -- Units:   sql is a select that gives token_id, document_id or key (of documents); saeflow runs it in the shell and in
 --          Python. Elsewhere give tokens. Chosen tokens that were not encoded do not count. n_tokens counts the chosen
 --          tokens at which the feature fires and share is their share; n_rest and rest_share are those of all other
@@ -31,8 +31,7 @@ sizes as materialized (
 ),
 counts as (
     select feature_id, count(*) as n_tokens, avg(value::double) as mean_value
-    from stg_token_major
-    where token_id in (select token_id from mine)
+    from values_at((select list(token_id) from mine))
     group by feature_id
 ),
 shares as (

@@ -1,7 +1,7 @@
 -- Which features fire on a text, wherever the corpus has it.
 --
 -- Grain:   one row per feature that fires on a token of the text, at most n, the largest score first; ties by feature.
--- Reads:   tokens_of_text, is_encoded, stg_token_major, stg_feature_stats, stg_size, feature_names, telling_score,
+-- Reads:   tokens_of_text, is_encoded, values_at, stg_feature_stats, stg_size, feature_names, telling_score,
 --          strength, usual_strength
 -- Units:   the text's tokens are those that tokens_of_text finds, whatever the case, if they were encoded. n_tokens
 --          counts those at which the feature fires; share is their share of the text's tokens. density is the feature's
@@ -19,7 +19,7 @@ sizes as materialized (
     select count(distinct token_id)::double as n_found, count(distinct run_id)::double as n_places from found
 ),
 firing as materialized (
-    select token_id, feature_id, value from stg_token_major where token_id in (select token_id from found)
+    select token_id, feature_id, value from values_at((select list(distinct token_id) from found))
 ),
 counts as (
     select feature_id, count(*) as n_tokens from firing group by feature_id

@@ -89,7 +89,7 @@ def asked(counts: np.ndarray, n_tokens: int) -> list[Asked]:
         Asked("source_contrast", "source_contrast", [["source 0", "source 1"]] * 4, None),
         Asked("feature_quantile_examples", "feature_quantile_examples", each[:8], None),
         Asked("coactivation, from the values", "coactivation", each[:4], None),
-        Asked("coactivation, common", "coactivation", [[f] for f in common[:4]], None),
+        Asked("coactivation, common", "coactivation", [[f] for f in common[:1]], None),
         Asked("approximate_coactivation", "approximate_coactivation", [[f] for f in common[:4]], None),
     ]
 

@@ -193,7 +193,8 @@ def test_a_run_of_many_files_answers_as_one_of_few_does(tmp_path, name):
 
 
 CATALOGUE = [
-    "select function_name, parameters, macro_definition from duckdb_functions() where not internal order by all",
+    "select function_name, parameters, macro_definition from duckdb_functions() where not internal "
+    "and not starts_with(function_name, 'src_') order by all",
     "select view_name, sql from duckdb_views() where not internal and not starts_with(view_name, 'src_') order by all",
     "from top_tokens(0)",
     "from documents",

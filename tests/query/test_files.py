@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +27,7 @@ from saeflow.query.files import far_ids
 from saeflow.query.files.chosen import FEATURE_PARAMETERS, TOKEN, FileRanges, list_all, only_files_for
 from saeflow.query.files.far_ids import FarIds
 from saeflow.query.files.looked_up import looking_up
+from saeflow.query.files.slices import SLICE_TOKENS, slices
 from saeflow.query.files.token_index import Documents, TokenIndex, VocabIdFile
 from saeflow.query.questions import questions
 from saeflow.query.runs import runs
@@ -44,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "blocks alone": {"has_vocab_ids": False},
     "hidden": {"hidden": [0]},
     "several parts": {"n_parts": 2, "n_token_parts": 2},
+    "slices": {"n_parts": 2, "n_token_parts": 2, "names": {("token_major", 0): (0, SLICE_TOKENS)}},
 }
 """Ways in which a connection reads a run's files."""
 
@@ -163,6 +167,24 @@ def test_a_file_whose_name_has_too_large_a_number_may_hold_anything(tmp_path: Pa
     with closing(connection):
         found = [ask(connection, "tokens_where", [f], run=run).column("value").to_pylist() for f in range(3)]
     assert found == [[value for _, other, value in VALUES if other == f] for f in range(3)]
+
+
+@given(st.lists(st.integers(1, SLICE_TOKENS // 2), max_size=30), st.randoms())
+def test_slices_hold_each_file_once_and_none_spans_more_than_67_million_tokens(
+    sizes: list[int], chance: Random
+) -> None:
+    edges = list(itertools.accumulate(sizes, initial=0))
+    paths = [f"/part/low={low}/high={high - 1}/000.parquet" for low, high in itertools.pairwise(edges)]
+    found = slices(chance.sample(paths, len(paths)))
+    assert [path for _, files in found for path in files] == paths
+    for (first, last), files in found:
+        assert last - first < SLICE_TOKENS
+        assert (f"low={first}/" in files[0], f"high={last}/" in files[-1]) == (True, True)
+    assert all(b[0][1] - a[0][0] >= SLICE_TOKENS // 2 for a, b in itertools.pairwise(found))
+
+
+def test_files_that_do_not_say_what_they_hold_are_not_cut() -> None:
+    assert slices(["/part/low=0/high=9/000.parquet", "/part/token_major.parquet"]) == []
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.lists(st.integers(-5, 320)))

@@ -101,6 +101,11 @@ PUT_IN = {
         "f'({given})' if self.is_macro else ''": "literals",
     },
     "query/files/chosen.py": {"_LISTS": "a constant"},
+    "query/files/slices.py": {
+        "rows": "of relations.py",
+        "inside": "of whole numbers",
+        "wanted": "made here, of whole numbers",
+    },
     "query/files/relations.py": {
         "', '.join(map(literal, each.without))": "literals",
         "_read_files([each.location])": "literals",

@@ -2,6 +2,7 @@
 
 relations    lists of files as SQL
 by_table     the files of a run, by table
+slices       the values at tokens all over the corpus
 chosen       the few files that one question reads
 looked_up    the SQL of connections that look tokens up without SQL
 token_index  the vocabulary id and the document of a token

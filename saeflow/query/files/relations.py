@@ -28,6 +28,7 @@ from saeflow.features.schema import (
 )
 from saeflow.query.files.chosen import FileLists
 from saeflow.query.files.quoting import identifier, literal, unglobbed, whole
+from saeflow.query.files.slices import slices, values_at, values_in
 
 Files = Mapping[str, Sequence[str]]
 Ranges = Sequence[tuple[int, int]]
@@ -87,6 +88,7 @@ def relations(
     }
     found |= _as_compacted(found, hidden) if hidden else {}
     found |= {order: _select_values(order, files[order], left_out, lists) for order in ORDERS}
+    found["values_at"] = _in_slices(files["token_major"], left_out, lists) or values_at(found["token_major"])
     for table, schema in _OPTIONAL_TABLES.items():
         named = table in COUNTED_BY_PART
         stored = files.get(table)
@@ -169,6 +171,19 @@ def _select_values(order: str, paths: Sequence[str], left_out: Ranges, lists: Fi
     rows = " union all ".join(parts)
     unseen = _outside(left_out)
     return f"(select * from ({rows}) where {unseen})" if unseen else f"({rows})"
+
+
+def _in_slices(paths: Sequence[str], left_out: Ranges, lists: FileLists) -> str | None:
+    """Select the values at `tokens`, a list, of a run of several slices; None for a smaller one."""
+    cut = slices(paths)
+    if len(cut) < 2:
+        return None
+    columns, unseen = ", ".join(VALUES["token_major"].names), _outside(left_out)
+    where = f" where {unseen}" if unseen else ""
+    return " union all ".join(
+        values_in(ends, f"({_select_ranged(columns, files, lists.listed('token_major', files))}{where})")
+        for ends, files in cut
+    )
 
 
 def _outside(ranges: Ranges, column: str = "token_id") -> str:
