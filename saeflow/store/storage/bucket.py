@@ -6,7 +6,6 @@ its record last; shards of arrays are read in ranges and not kept.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -178,42 +177,58 @@ class Bucket(Storage):
         for name in names:
             if (folder / name).stat().st_size > _ONE_REQUEST:
                 self.send_folder(folder, target, [name])
-            elif not self.put_new(target / name, folder / name):
+            elif not self._put_new(target / name, (folder / name).read_bytes()):
                 return False
         require_lease()
-        if not self.put_new(target / last, folder / last):
+        if not self._put_new(target / last, (folder / last).read_bytes()):
             return False
         remove(target)
         rename(folder, target)
         return True
 
-    def put_new(self, path: Path, source: Path | None = None) -> bool:
-        """`source`: the file to store under that name. If another one has the name, that one is here then."""
-        content = (source or path).read_bytes()
+    def put_new(self, path: Path, content: bytes) -> bool:
+        if self._put_new(path, content):
+            self._write(path, content)
+            return True
+        return False
+
+    def _put_new(self, path: Path, content: bytes) -> bool:
+        """Store a file, but not on this machine. If another one has its name, that one is here then."""
         tag = self.objects.put(self.key(path), content, None)
         if tag is None:
             self.fetch(path, fresh=True)
             return False
-        self._written(path, content, tag)
+        self._note(path, content, tag)
         return True
 
-    def put_if_unchanged(self, path: Path, content: bytes) -> None:
-        key = self.key(path)
-        tag = self.objects.put(key, content, self.local.tags.get(key))
-        if tag is None:
-            self.local.tags.pop(key, None)
-            with contextlib.suppress(FileNotFoundError):  # it was removed
+    def read(self, path: Path) -> tuple[bytes, str | None]:
+        found = self.objects.read(self.key(path))
+        if found is None:
+            raise FileNotFoundError(self.location(path))
+        return found
+
+    def tag(self, path: Path) -> str | None:
+        return self.local.tag(path)
+
+    def put_if_unchanged(self, path: Path, content: bytes, tag: str | None) -> None:
+        fresh = self.objects.put(self.key(path), content, tag)
+        if fresh is None:
+            try:
                 self.fetch(path, fresh=True)
+            except FileNotFoundError:
+                self.local.remove(path)
             raise UserError(
                 f"Another machine has published or removed {path.parent.name} in {self.name} since this run began.\n"
                 "Nothing is lost; run the same command again."
             )
-        self.local.tags[key] = tag
-        self._written(path, content, tag)
+        self._note(path, content, fresh)
+        self._write(path, content)
+
+    def _write(self, path: Path, content: bytes) -> None:
         with replacing(path) as temporary:
             temporary.write_bytes(content)
 
-    def _written(self, path: Path, content: bytes, tag: str) -> None:
+    def _note(self, path: Path, content: bytes, tag: str) -> None:
         self.local.note(path, xxhash.xxh3_128_hexdigest(content), tag)
         self.listings.add(self.key(path), len(content))
 

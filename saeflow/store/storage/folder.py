@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 from saeflow.store.files import MANY, Bytes, FileBytes, checksum, flush_tree, rename, replacing
 from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import FileSlot, Slot
-from saeflow.store.links import Linked, is_file, is_folder, keep_inside, remove, sizes_below, unlinked
+from saeflow.store.links import Linked, is_file, is_folder, keep_inside, read_bytes, remove, sizes_below, unlinked
 from saeflow.store.records import FileRecord, Generation, PartRecord
 from saeflow.store.storage.traffic import Traffic, bytes_read_here
 from saeflow.store.storage.work import Work
@@ -193,15 +193,27 @@ class Storage(ABC):
         Return False if another file has one of the names.
         """
 
-    def put_new(self, path: Path) -> bool:
-        """Store a file of this machine unless another one has its name; False if so."""
-        return True
+    @abstractmethod
+    def put_new(self, path: Path, content: bytes) -> bool:
+        """Store a small file. A bucket stores nothing and returns False if another file has the name."""
 
     @abstractmethod
-    def put_if_unchanged(self, path: Path, content: bytes) -> None:
-        """Replace a record if it is still the one that was last read here.
+    def read(self, path: Path) -> tuple[bytes, str | None]:
+        """Return what a file holds now, and its tag for `put_if_unchanged`. Raises FileNotFoundError."""
 
-        Raises UserError if somebody was quicker, or if the storage cannot compare.
+    def tag(self, path: Path) -> str | None:
+        """Return the tag of a record as it is on this machine, for `put_if_unchanged`.
+
+        None if the storage never had that record, or compares none.
+        """
+        return None
+
+    @abstractmethod
+    def put_if_unchanged(self, path: Path, content: bytes, tag: str | None) -> None:
+        """Replace a file if it still has the tag with which it was read; None: if there is none.
+
+        The caller keeps the tag with what it read, because other threads read the same file meanwhile. Raises
+        UserError if somebody was quicker, or if the storage cannot compare.
         """
 
     @abstractmethod
@@ -310,8 +322,15 @@ class Folder(Storage):
         rename(folder, target)
         return True
 
-    def put_if_unchanged(self, path: Path, content: bytes) -> None:
-        """Replace a record. The caller's lock keeps others away."""
+    def read(self, path: Path) -> tuple[bytes, str | None]:
+        return read_bytes(path), None
+
+    def put_new(self, path: Path, content: bytes) -> bool:
+        self.put_if_unchanged(path, content, None)
+        return True
+
+    def put_if_unchanged(self, path: Path, content: bytes, tag: str | None) -> None:
+        """Replace a file. The caller's lock keeps others away."""
         with replacing(path) as temporary:
             temporary.write_bytes(content)
 

@@ -84,8 +84,6 @@ class LocalCopy:
 
     def __init__(self, objects: Objects, root: Path) -> None:
         self.objects, self.root = objects, root
-        self.tags: dict[str, str] = {}
-        """Tags of the objects as they were last read or written here, by key."""
 
     def key(self, path: Path) -> str:
         """Return the key of the object that a path stands for."""
@@ -97,7 +95,6 @@ class LocalCopy:
         One listing for the bucket and each kind, two for each artefact, whatever it holds; parts are not looked at.
         What was never in the bucket as it is here stays: a run of this machine is about to send it.
         """
-        self.tags.clear()
         top = self.objects.list_level("")
         kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -108,10 +105,7 @@ class LocalCopy:
 
     def pull_one(self, folder: Path) -> None:
         """Bring the records of one artefact here; what was never sent is a killed run's, and goes."""
-        key = self.key(folder)
-        for known in [known for known in self.tags if known.startswith(f"{key}/")]:
-            del self.tags[known]
-        self._bring(self._own_objects(key), folder, keep_unsent=False)
+        self._bring(self._own_objects(self.key(folder)), folder, keep_unsent=False)
 
     def _own_objects(self, artefact: str) -> list[Any]:
         """Return the objects of an artefact that belong to no part."""
@@ -151,11 +145,16 @@ class LocalCopy:
 
     def _refresh_record(self, path: Path, tag: str) -> None:
         """Bring a record, unless the one that is here is the one with this tag."""
-        noted = self._noted(path)
-        if noted[1:] == [tag] and path.is_file() and noted[0] == checksum(path):
-            self.tags[self.key(path)] = tag
-        else:
+        if self.tag(path) != tag:
             self.download(path)
+
+    def tag(self, path: Path) -> str | None:
+        """Return the tag with which a file was last sent or fetched as it is here; None if it never was."""
+        with contextlib.suppress(FileNotFoundError):
+            digest = checksum(path)
+            noted = self._noted(path)
+            return noted[1] if noted[:1] == [digest] else None
+        return None
 
     def download(self, path: Path, key: str | None = None) -> None:
         """Bring a file here, from an object of its own key or of another. Raises FileNotFoundError."""
@@ -166,7 +165,6 @@ class LocalCopy:
             if is_own(key):
                 self.note(path, checksum(temporary), tag)
             os.replace(temporary, path)
-            self.tags[key] = tag
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -221,7 +219,6 @@ class LocalCopy:
 
     def remove(self, path: Path) -> None:
         """Remove a file or folder, and what is noted of it."""
-        self.tags.pop(self.key(path), None)
         for here in (path, self._note_of(path)):
             remove(here)
 
