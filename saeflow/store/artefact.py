@@ -19,7 +19,7 @@ import xxhash
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
-from saeflow.store.files import checksum, flush_tree, make_folder, replacing
+from saeflow.store.files import checksum, flush_tree, make_folder, write_bytes
 from saeflow.store.lease import Hold, hold_lease
 from saeflow.store.links import remove
 from saeflow.store.lists import Layout, generation_table, read_generation
@@ -176,8 +176,7 @@ class Publication(Parts):
         content = next((each for each in lists if xxhash.xxh3_128_hexdigest(each) == wanted), None)
         if content is None:
             raise damaged(self.list_path(number))
-        with replacing(self.list_path(number)) as temporary:
-            temporary.write_bytes(content)
+        write_bytes(self.list_path(number), content)
         self.storage.send(self.list_path(number))
 
 

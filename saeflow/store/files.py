@@ -113,6 +113,12 @@ def replacing(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file; a power cut leaves the old one or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: Path, value: object) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json_text(value), "utf-8")

@@ -380,7 +380,9 @@ def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(tmp_path: Path)
 
 def test_what_lies_below_a_key_is_found_without_a_walk_through_the_listing() -> None:
     def look(n_parts: int) -> None:
-        listing = Listing({f"tokens/x-0/parts/{n:06d}/{name}": Found(1, 0.0) for n in range(n_parts) for name in "ab"})
+        listing = Listing(
+            {f"tokens/x-0/parts/{n:06d}/{name}": Found(1, 0.0, "tag") for n in range(n_parts) for name in "ab"}
+        )
         listing.below("tokens/x-0/parts/000001")
         counted.append(n_calls(lambda: found.append(listing.below("tokens/x-0/parts/000070"))))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from saeflow.runtime.errors import UserError
-from saeflow.store.files import checksum, rename, replacing
+from saeflow.store.files import checksum, rename, write_bytes
 from saeflow.store.lease_slot import Owner, Slot
 from saeflow.store.links import remove
 from saeflow.store.records import FileRecord
@@ -55,10 +55,9 @@ class Bucket(Storage):
     def __init__(self, objects: Objects, root: Path) -> None:
         super().__init__(root)
         self.objects, self.local, self.listings = objects, LocalCopy(objects, root), Listings(objects)
-        self.pieces = Pieces(objects, PieceCache(root.parent / "pieces", cache_limit()))
+        self.pieces = Pieces(objects, self.listings, PieceCache(root.parent / "pieces", cache_limit()))
         self.key = self.local.key
         self.work = BucketWork(self)
-        self._n_bytes: dict[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -99,6 +98,10 @@ class Bucket(Storage):
         key = self.key(folder)
         return {each.removeprefix(f"{key}/") for each in self.listings.of(key).below(key)}
 
+    def versions(self, folder: Path) -> dict[str, object]:
+        listing = self.listings.of(self.key(folder))
+        return {key: listing.found[key].tag for key in listing.below(self.key(folder))}
+
     def fetch(self, path: Path, fresh: bool = False) -> Path:
         if fresh or not path.is_file():
             self.local.download(path)
@@ -110,9 +113,7 @@ class Bucket(Storage):
 
     def open(self, path: Path) -> ObjectBytes:
         key = self.key(path)
-        if key not in self._n_bytes:
-            self._n_bytes[key] = self.objects.size(key)
-        return ObjectBytes(self.objects, key, self._n_bytes[key])
+        return ObjectBytes(self.objects, key, self.listings.about(key).n_bytes)
 
     def zarr(self, path: Path) -> Any:
         return self.objects.zarr(self.key(path))
@@ -150,7 +151,7 @@ class Bucket(Storage):
             tag = self.objects.upload(path, key)
             if is_own(key):
                 self.local.note(pair[1], checksum(path), tag)
-            self.listings.add(key, path.stat().st_size)
+            self.listings.add(key, path.stat().st_size, tag)
 
         with ThreadPoolExecutor(_SENDERS, "saeflow-send") as pool:
             list(pool.map(send_one, pairs))
@@ -187,10 +188,10 @@ class Bucket(Storage):
         return True
 
     def put_new(self, path: Path, content: bytes) -> bool:
-        if self._put_new(path, content):
-            self._write(path, content)
-            return True
-        return False
+        is_new = self._put_new(path, content)
+        if is_new:
+            write_bytes(path, content)
+        return is_new
 
     def _put_new(self, path: Path, content: bytes) -> bool:
         """Store a file, but not on this machine. If another one has its name, that one is here then."""
@@ -222,15 +223,11 @@ class Bucket(Storage):
                 "Nothing is lost; run the same command again."
             )
         self._note(path, content, fresh)
-        self._write(path, content)
-
-    def _write(self, path: Path, content: bytes) -> None:
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
+        write_bytes(path, content)
 
     def _note(self, path: Path, content: bytes, tag: str) -> None:
         self.local.note(path, xxhash.xxh3_128_hexdigest(content), tag)
-        self.listings.add(self.key(path), len(content))
+        self.listings.add(self.key(path), len(content), tag)
 
     def set_aside(self, path: Path) -> Path | None:
         target = self.aside(path)

@@ -29,9 +29,9 @@ class Listing:
         self.found = found
         self._sorted: list[str] | None = None
 
-    def add(self, key: str, n_bytes: int) -> None:
+    def add(self, key: str, found: Found) -> None:
         """Note an object that was sent just now."""
-        self.found[key] = Found(n_bytes, time.time())
+        self.found[key] = found
         self._sorted = None
 
     def below(self, key: str) -> list[str]:
@@ -43,36 +43,68 @@ class Listing:
 
 
 class Listings:
-    """The listings of a bucket: one for each artefact that was asked for, one for each folder beside the artefacts."""
+    """The listings of a bucket: one for each artefact that was asked for, one for each folder beside the artefacts.
+
+    They are one look at the bucket: `forget` ends it, and with it all that is known of objects that may change.
+    """
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self._made: dict[str, Listing] = {}
+        self._asked: dict[str, Found] = {}
+        """Objects that were asked for one by one, by key."""
+        self._n_changes = 0
         self._lock = threading.RLock()
 
     def of(self, key: str) -> Listing:
         """Return the listing in which a key is, or would be."""
-        first, _, rest = key.partition("/")
-        prefix = f"{first}/{rest.partition('/')[0]}" if first in KINDS else first
+        prefix, _ = _listed_with(key)
         with self._lock:
             if prefix not in self._made:
-                metas = self._objects.list(prefix)
-                found = {meta["path"]: Found(meta["size"], meta["last_modified"].timestamp()) for meta in metas}
+                found = {meta["path"]: Found.of(meta) for meta in self._objects.list(prefix)}
                 self._made[prefix] = Listing(found)
             return self._made[prefix]
 
-    def add(self, key: str, n_bytes: int) -> None:
-        """Note an object that was sent just now, in the listings that were made."""
+    def about(self, key: str) -> Found:
+        """Return what this look has found of an object. Raises FileNotFoundError.
+
+        An artefact, which may have very many objects, is not listed to find one.
+        """
+        prefix, is_artefact = _listed_with(key)
         with self._lock:
+            listed = self.of(key).found if not is_artefact or prefix in self._made else {}
+            known, before = listed.get(key) or self._asked.get(key), self._n_changes
+        if known is not None:
+            return known
+        found = self._objects.about(key)
+        with self._lock:
+            if self._n_changes == before:
+                self._asked[key] = found
+        return found
+
+    def add(self, key: str, n_bytes: int, tag: str) -> None:
+        """Note an object that was sent just now."""
+        found = Found(n_bytes, time.time(), tag)
+        with self._lock:
+            self._n_changes += 1
+            self._asked[key] = found
             for prefix, listing in self._made.items():
                 if key.startswith(f"{prefix}/"):
-                    listing.add(key, n_bytes)
+                    listing.add(key, found)
 
     def forget(self, folder: str = "") -> None:
-        """List a folder, or everything, again when it is asked for."""
+        """Look at a folder, or everything, again when it is asked for."""
         with self._lock:
-            for prefix in [prefix for prefix in self._made if prefix.startswith(folder)]:
-                del self._made[prefix]
+            self._n_changes += 1
+            for known in (self._made, self._asked):
+                for key in [key for key in known if key.startswith(folder)]:
+                    del known[key]
+
+
+def _listed_with(key: str) -> tuple[str, bool]:
+    """Return the prefix with which a key is listed, and whether an artefact lies below it."""
+    first, _, rest = key.partition("/")
+    return (f"{first}/{rest.partition('/')[0]}", True) if first in KINDS else (first, False)
 
 
 _UNSENT_SECONDS = 86_400
