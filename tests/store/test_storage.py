@@ -37,13 +37,13 @@ from saeflow.sae.loss import StepInfo
 from saeflow.store import garbage
 from saeflow.store import verify as integrity
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import cache_folder
 from saeflow.store.records import Damaged, checked_text
 from saeflow.store.storage.bucket import Bucket
 from saeflow.store.storage.duckdb_files import BucketFiles
 from saeflow.store.storage.local_copy import Listing
 from saeflow.store.storage.objects import Found, Objects
 from saeflow.store.store import Store
+from saeflow.store.user_cache import cache_folder
 from saeflow.train.checkpoint import CHECKPOINT, STATE, is_checkpoint
 from saeflow.train.group import TrainingGroup
 from saeflow.train.training import FeedBatch, Training

@@ -25,6 +25,7 @@ from saeflow.store.storage.piece_cache import PieceCache, cache_limit
 from saeflow.store.storage.pieces import Pieces, piece_name
 from saeflow.store.storage.traffic import Traffic
 from saeflow.store.storage.work import Work
+from saeflow.store.user_cache import own_folder
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -53,7 +54,7 @@ class Bucket(Storage):
     duckdb_needs = _DUCKDB_NEEDS
 
     def __init__(self, objects: Objects, root: Path) -> None:
-        super().__init__(root)
+        super().__init__(own_folder(root))
         self.objects, self.local, self.listings = objects, LocalCopy(objects, root), Listings(objects)
         self.pieces = Pieces(objects, self.listings, PieceCache(root.parent / "pieces", cache_limit()))
         self.key = self.local.key

@@ -295,7 +295,7 @@ class Folder(Storage):
         return {path.relative_to(folder).as_posix() for path in unlinked(folder).rglob("*") if is_file(path)}
 
     def versions(self, folder: Path) -> dict[str, object]:
-        found = {}
+        found: dict[str, object] = {}
         for name in self.names_below(folder):
             with contextlib.suppress(FileNotFoundError):
                 found[name] = (folder / name).lstat().st_mtime_ns
