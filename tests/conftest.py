@@ -137,7 +137,7 @@ def progress() -> Progress:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Workers, and the commands they start, share a cache. Nobody reads or writes the user's."""
     with _made_once(tmp_path_factory, "cache") as (folder, _):
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAEFLOW_CACHE", str(folder))
         yield

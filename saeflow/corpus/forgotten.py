@@ -14,7 +14,7 @@ from functools import cached_property
 
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.store.lists import read_forgotten_keys
-from saeflow.store.records import FORGOTTEN, Damaged, ForgottenRecord, checked_text, read_record
+from saeflow.store.records import FORGOTTEN, Damaged, ForgottenRecord, checked_text, parse_record
 from saeflow.store.store import Store
 
 Pair = tuple[str, str]
@@ -35,7 +35,7 @@ class ForgottenHashes:
 
         Raises Damaged if the list is damaged.
         """
-        return cls(frozenset([*_listed_documents(store), *((key, "") for key in _hidden_keys(store))]))
+        return cls(frozenset([*_listed_documents(store)[0], *((key, "") for key in _hidden_keys(store))]))
 
     @cached_property
     def keys(self) -> frozenset[str]:
@@ -73,14 +73,20 @@ def drop(store: Store, keys: frozenset[str]) -> None:
 
 def _change(store: Store, change: Callable[[set[Pair]], set[Pair]]) -> None:
     with store.storage.locked("forgotten"):
-        pairs: Sequence[Pair] = sorted(change(set(_listed_documents(store))))
+        listed, tag = _listed_documents(store)
+        pairs: Sequence[Pair] = sorted(change(listed))
         content = checked_text({"format_version": FORMAT_VERSION, "documents": pairs})
-        store.storage.put_if_unchanged(store.root / FORGOTTEN, content.encode())
+        store.storage.put_if_unchanged(store.root / FORGOTTEN, content.encode(), tag)
 
 
-def _listed_documents(store: Store) -> Iterator[Pair]:
-    with contextlib.suppress(FileNotFoundError):
-        yield from read_record(store.storage.fetch(store.root / FORGOTTEN, fresh=True), ForgottenRecord).documents
+def _listed_documents(store: Store) -> tuple[set[Pair], str | None]:
+    """Return what the store's list holds now, and the tag of its file."""
+    path = store.root / FORGOTTEN
+    try:
+        content, tag = store.storage.read(path)
+    except FileNotFoundError:
+        return set(), None
+    return set(parse_record(content, path, ForgottenRecord).documents), tag
 
 
 def _hidden_keys(store: Store) -> Iterator[str]:

@@ -31,24 +31,31 @@ def changing_beside(store: Store, sae: str, source: str) -> contextlib.AbstractC
     return store.storage.locked(f"answers-{sae}-{source}")
 
 
-def read_beside(store: Store, path: Path, schema: pa.Schema) -> pa.Table:
-    """Return a table of the store as it is now; an empty one if there is none or it is of another form."""
+def read_beside(store: Store, path: Path, schema: pa.Schema) -> tuple[pa.Table, str | None]:
+    """Return a table of the store as it is now, and its tag for `write_beside`.
+
+    The table is empty if there is no file or the file is of another form.
+    """
     try:
-        table = pq.read_table(store.storage.fetch(path, fresh=True))
-    except (FileNotFoundError, pa.ArrowInvalid):
-        return schema.empty_table()
-    return table.cast(schema) if table.schema.names == schema.names else schema.empty_table()
+        content, tag = store.storage.read(path)
+    except FileNotFoundError:
+        return schema.empty_table(), None
+    with contextlib.suppress(pa.ArrowInvalid):
+        table = pq.read_table(pa.BufferReader(content))
+        if table.schema.names == schema.names:
+            return table.cast(schema), tag
+    return schema.empty_table(), tag
 
 
-def write_beside(store: Store, path: Path, table: pa.Table) -> None:
-    """Put a table in the place of the file that was read; no rows, no file."""
+def write_beside(store: Store, path: Path, table: pa.Table, tag: str | None) -> None:
+    """Put a table in the place of the file that was read with this tag; no rows, no file."""
     if not len(table):
         store.storage.remove(path)
         return
     content = io.BytesIO()
     pq.write_table(table, content, compression="zstd")
     make_folder(path.parent)
-    store.storage.put_if_unchanged(path, content.getvalue())
+    store.storage.put_if_unchanged(path, content.getvalue(), tag)
 
 
 def replace_rows(
@@ -59,11 +66,11 @@ def replace_rows(
 
     Call it inside `changing_beside`. Nothing is written if nothing changes.
     """
-    old = read_beside(store, path, schema)
+    old, tag = read_beside(store, path, schema)
     gone = pc.is_in(old.column("feature_id"), pa.array(features, pa.int32()))
     for name, value in owned.items():
         gone = pc.and_(gone, pc.equal(old.column(name), value))
     fresh = pa.concat_tables([old.filter(pc.invert(gone)), pa.Table.from_pylist(list(rows), schema)])
     fresh = fresh.take(pc.sort_indices(fresh, _ORDER))
     if not fresh.equals(old):
-        write_beside(store, path, fresh)
+        write_beside(store, path, fresh, tag)

@@ -15,8 +15,9 @@ from saeflow.recipe.fingerprint import FORMAT_VERSION, fingerprint, settings_tha
 from saeflow.recipe.recipe import Recipe
 from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.formats.source import describe_source
-from saeflow.store.files import cache_folder, checksum_once
+from saeflow.store.files import checksum_once
 from saeflow.store.records import Generation, read_or_empty, write_checked
+from saeflow.store.user_cache import ForeignCache, cache_folder, own_folder
 
 _NO_SETTINGS = {"checkpoint_seconds", "device", "kernels", "parallel"}
 """Settings of `[train]` that change nothing in the SAE."""
@@ -109,9 +110,9 @@ def _special_tokens_fact(model: ModelConfig) -> dict[str, Any]:
     The user's cache keeps the answer, as some tokenizers take ten seconds to load.
     """
     known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, RuntimeError):  # there may be no cache
+    with contextlib.suppress(OSError, RuntimeError, ForeignCache):  # there may be no cache
         about = fingerprint(model_fingerprint(model), version("transformers"))
-        path = cache_folder(f"tokenizer://{about}") / "special_tokens.json"
+        path = own_folder(cache_folder(f"tokenizer://{about}")) / "special_tokens.json"
         known = read_or_empty(path)
         if "names" not in known:
             known = {"format_version": FORMAT_VERSION, "names": special_tokens(load_tokenizer(model))}

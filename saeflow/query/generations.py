@@ -24,10 +24,7 @@ def generations(store: Store) -> object:
     for artefact in store.artefacts(*BESIDE):
         with contextlib.suppress(OSError):
             found.append((artefact.id, (artefact.path / "artefact.json").stat().st_mtime_ns))
-    for path in sorted((store.root / "labels").glob("*/*.*")):
-        with contextlib.suppress(OSError):
-            found.append((str(path), path.stat().st_mtime_ns))
-    return tuple(found)
+    return found, store.storage.versions(store.root / "labels")
 
 
 def again_if_replaced(store: Store, make: Callable[[], Made]) -> Made:

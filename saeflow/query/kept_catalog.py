@@ -22,7 +22,7 @@ import duckdb
 from saeflow.query.catalog import names_of_sources, sql_folder, upon_sources
 from saeflow.query.files.quoting import identifier, literal
 from saeflow.query.runs import Run
-from saeflow.store.files import user_cache
+from saeflow.store.user_cache import is_foreign, make_private, user_cache
 
 MOST_KEPT = 256
 """Runs whose views and macros are kept, about half a megabyte each."""
@@ -54,13 +54,11 @@ def make_upon_sources(connection: duckdb.DuckDBPyConnection, read: Sequence[Run]
 
 def kept_folder() -> Path | None:
     """Return the folder of what is kept. None if the user has none that nobody else may write."""
-    try:
+    with contextlib.suppress(OSError, RuntimeError):
         folder = user_cache() / "catalogs"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        is_own = folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o022
-    except (OSError, RuntimeError):
-        return None
-    return folder if is_own else None
+        make_private(folder, user_cache())
+        return None if is_foreign(folder, user_cache()) else folder
+    return None
 
 
 def _file_of(connection: duckdb.DuckDBPyConnection, run: Run) -> Path | None:
@@ -87,7 +85,7 @@ def _columns_of_views(connection: duckdb.DuckDBPyConnection, run: Run) -> str:
 
 def _copied(connection: duckdb.DuckDBPyConnection, file: Path | None) -> bool:
     """Copy what a file keeps. False if it keeps nothing, or is damaged, in which case it goes."""
-    if file is None or not _has_bytes(file):
+    if file is None or is_foreign(file, user_cache()) or not _has_bytes(file):
         return False
     try:
         with _attached(connection, file, "(read_only)"):
@@ -115,11 +113,12 @@ def _keep_views(connection: duckdb.DuckDBPyConnection, schema: str, file: Path) 
     """
     with contextlib.suppress(OSError, duckdb.Error):
         if not file.exists() and not _many_follow.is_set():
-            file.touch()
+            file.touch(mode=0o600)
             return
         with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=file.parent) as folder:
             written = Path(folder) / file.name
             _write_views(connection, schema, written)
+            written.chmod(0o600)
             written.replace(file)
         _tidy(file.parent)
 

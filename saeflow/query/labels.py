@@ -277,9 +277,10 @@ def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None],
     """
     path = _folder_of_sae(store, sae) / f"{require_source(source)}.csv"
     with store.storage.locked(f"labels-{path.parent.name}", wait_seconds):
-        sheet = _current_sheet(store, path).with_labels(labels)
+        found, tag = _current_sheet(store, path)
+        sheet = found.with_labels(labels)
         if sheet.rows:
-            store.storage.put_if_unchanged(path, sheet.content())
+            store.storage.put_if_unchanged(path, sheet.content(), tag)
         else:
             store.storage.remove(path)
     return len(sheet.rows)
@@ -287,7 +288,7 @@ def put(store: Store, sae: str, source: str, labels: Mapping[int, Label | None],
 
 def read_cells(store: Store, sae: str, source: str, column: str) -> dict[int, str]:
     """Return the cells of a column in the file of a source, by feature; none without the file. Raises as `put` does."""
-    sheet = _current_sheet(store, _folder_of_sae(store, sae) / f"{require_source(source)}.csv")
+    sheet, _ = _current_sheet(store, _folder_of_sae(store, sae) / f"{require_source(source)}.csv")
     rows = ((sheet.feature(row), row) for row in sheet.rows)
     return {feature: sheet.cell(row, column) for feature, row in rows if feature is not None}
 
@@ -324,11 +325,13 @@ def _csv_paths(store: Store, sae: str) -> Iterator[Path]:
     return (folder / name for name in names if "/" not in name and not name.startswith("."))
 
 
-def _current_sheet(store: Store, path: Path) -> Sheet:
+def _current_sheet(store: Store, path: Path) -> tuple[Sheet, str | None]:
+    """Return the rows of a file as the store has it now, and its tag."""
     try:
-        return Sheet.of(store.storage.fetch(path, fresh=True).read_bytes())
+        content, tag = store.storage.read(path)
+        return Sheet.of(content), tag
     except FileNotFoundError:
-        return Sheet()
+        return Sheet(), None
     except ValueError as error:
         raise UserError(f"{path} cannot be read: {brief(str(error), 200)}.\nRepair it or move it away first.") from None
 

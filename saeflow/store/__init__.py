@@ -9,6 +9,7 @@ lists       lists of parts, opened without reading the records of their files
 looks       looks at the files of very many parts, for speed
 links       no link leads out of a store: nothing follows one, reading or writing
 files       checksums, and writes that a power cut leaves undone or whole
+user_cache  where the user's cache lies, and whether somebody else may have written it
 lease_slot  who holds a lease, and the place where it is kept
 lease       one writer at a time, on one machine or several
 verify      find what is missing or changed, and repair it

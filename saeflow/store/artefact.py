@@ -19,7 +19,7 @@ import xxhash
 from saeflow.recipe.fingerprint import FORMAT_VERSION
 from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
-from saeflow.store.files import checksum, flush_tree, make_folder, replacing
+from saeflow.store.files import checksum, flush_tree, make_folder, write_bytes
 from saeflow.store.lease import Hold, hold_lease
 from saeflow.store.links import remove
 from saeflow.store.lists import Layout, generation_table, read_generation
@@ -75,12 +75,17 @@ class Publication(Parts):
         self.__dict__.pop("record", None)
 
     @contextlib.contextmanager
-    def publishing(self) -> Iterator[None]:
-        """Keep others from publishing inside the block. Raises UserError if somebody has since this run began."""
+    def publishing(self) -> Iterator[str | None]:
+        """Keep others from publishing inside the block. Raises UserError if somebody has since this run began.
+
+        Gives the tag of the manifest, which `show` compares. It is taken before the generation is compared: a thread
+        that brings a newer manifest in between is then noticed in one place or the other.
+        """
         with self.holds[-1].lease.fence() if self.holds else self.slot.guard():
+            tag = self._manifest_tag()
             if any(hold.number != self.current_number() for hold in self.holds[-1:]):
                 raise self.overtaken()
-            yield
+            yield tag
             for hold in self.holds[-1:]:
                 hold.number = self.current_number()
 
@@ -103,7 +108,7 @@ class Publication(Parts):
         of a part that was not shown before is not there.
         """
         ordered = tuple(sorted(parts, key=lambda part: part.index))
-        with self.publishing():
+        with self.publishing() as tag:
             current = self.generation()
             if hidden is None:
                 hidden = current.hidden if current else {}
@@ -115,7 +120,7 @@ class Publication(Parts):
             write_provenance(self.path, provenance or {})
             self.storage.send(self.path / "provenance.json")
             fresh = self._write_list(fresh)
-            self.show(fresh.number)
+            self.show(fresh.number, tag)
             if clear and self.storage.has_locks:  # else another machine may be about to publish them; `gc` waits for it
                 with contextlib.suppress(Damaged):  # an earlier list: what it named is left to `gc`
                     for folder in self.unlisted_folders():  # left by killed runs: no reader can have them open
@@ -132,22 +137,24 @@ class Publication(Parts):
 
     def _write_list(self, generation: Generation) -> Generation:
         """Write a generation's list, under a number that nobody else has used."""
-        with replacing(self.list_path(generation.number)) as temporary:
-            pq.write_table(generation_table(generation), temporary)
-        if self.storage.put_new(self.list_path(generation.number)):
+        if self.storage.put_new(self.list_path(generation.number), _list_bytes(generation)):
             return generation
         return self._write_list(replace(generation, number=generation.number + 1))
 
-    def show(self, number: int) -> None:
-        """Switch readers to a generation."""
+    def _manifest_tag(self) -> str | None:
+        return self.storage.tag(self.path / "manifest.json")
+
+    def show(self, number: int, tag: str | None = None) -> None:
+        """Switch readers to a generation. `tag` is that of the manifest whose place the new one takes."""
         about = {"format_version": FORMAT_VERSION, "generation": number, "checksum": checksum(self.list_path(number))}
-        self.storage.put_if_unchanged(self.path / "manifest.json", checked_text(about).encode())
+        self.storage.put_if_unchanged(self.path / "manifest.json", checked_text(about).encode(), tag)
 
     def recover(self) -> bool:
         """Make a lost or damaged list or manifest again, if what is left allows it.
 
         Return True if something was done.
         """
+        tag = self._manifest_tag()
         with contextlib.suppress(Damaged):
             if self.generation() is not None or not self.numbers():
                 return False
@@ -156,7 +163,7 @@ class Publication(Parts):
         except (Damaged, FileNotFoundError):
             newest = self.numbers()[-1]
             read_generation(self.list_path(newest), newest)  # an older one would show again what was forgotten since
-            self.show(newest)
+            self.show(newest, tag)
         else:
             self._recover_list(number, wanted)
         return True
@@ -169,12 +176,11 @@ class Publication(Parts):
         content = next((each for each in lists if xxhash.xxh3_128_hexdigest(each) == wanted), None)
         if content is None:
             raise damaged(self.list_path(number))
-        with replacing(self.list_path(number)) as temporary:
-            temporary.write_bytes(content)
+        write_bytes(self.list_path(number), content)
         self.storage.send(self.list_path(number))
 
 
-def _list_bytes(generation: Generation, layout: Layout) -> bytes:
+def _list_bytes(generation: Generation, layout: Layout = "columns") -> bytes:
     content = io.BytesIO()
     pq.write_table(generation_table(generation, layout), content)
     return content.getvalue()

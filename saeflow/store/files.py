@@ -1,9 +1,8 @@
-"""Files: checksums, writes that a power cut leaves either undone or whole, and where copies from elsewhere are kept."""
+"""Files: checksums, and writes that a power cut leaves either undone or whole."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -113,6 +112,12 @@ def replacing(path: Path) -> Iterator[Path]:
     flush(path.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file; a power cut leaves the old one or the new one."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_json(path: Path, value: object) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json_text(value), "utf-8")
@@ -157,15 +162,3 @@ def rename(source: Path, target: Path) -> None:
     move(source, target)
     flush(target.parent)
     flush(source.parent)
-
-
-def cache_folder(url: str) -> Path:
-    """Return the folder of this machine that stands for a bucket."""
-    name = "".join(c if c.isalnum() else "-" for c in url.partition("://")[2])[-40:].strip("-")
-    return user_cache() / f"{name}-{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}"
-
-
-def user_cache() -> Path:
-    """Return SAEFLOW_CACHE, else saeflow's folder in the user's cache. Raises RuntimeError if the user has no home."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("SAEFLOW_CACHE") or Path(home) / "saeflow").absolute()

@@ -280,9 +280,18 @@ def _version(package: str) -> str | None:
 
 
 def read_checked(path: Path) -> Any:
-    """A JSON record; refused where its checksum is wrong or a newer saeflow wrote it."""
+    """Return a JSON record. It is refused if its checksum is wrong or a newer saeflow wrote it."""
     try:
-        text = read_bytes(path).decode("utf-8")
+        content = read_bytes(path)
+    except ValueError as error:  # a name that no file can have
+        raise damaged(path) from error
+    return parse_checked(content, path)
+
+
+def parse_checked(content: bytes, path: Path) -> Any:
+    """Return a JSON record from the content of its file. Refuses as `read_checked` does, and names the path."""
+    try:
+        text = content.decode("utf-8")
         data = json.loads(text)
         version_found = data.get("format_version", 1)
     except (ValueError, AttributeError, RecursionError) as error:
@@ -321,8 +330,17 @@ def _sum(data: dict[str, Any]) -> str:
 
 
 def read_record(path: Path, model: type[_Record]) -> _Record:
+    return _validated(read_checked(path), path, model)
+
+
+def parse_record(content: bytes, path: Path, model: type[_Record]) -> _Record:
+    """Return a record from the content of its file. Refuses as `read_record` does, and names the path."""
+    return _validated(parse_checked(content, path), path, model)
+
+
+def _validated(data: Any, path: Path, model: type[_Record]) -> _Record:
     try:
-        return model.model_validate(read_checked(path))
+        return model.model_validate(data)
     except ValidationError as error:
         raise damaged(path) from error
 

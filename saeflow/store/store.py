@@ -17,13 +17,14 @@ from saeflow.recipe.settings import Overlap
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.text import brief, human_bytes, is_utf8
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import cache_folder, make_folder
+from saeflow.store.files import make_folder
 from saeflow.store.lease import Lease, hold_lease
 from saeflow.store.links import unlinked
 from saeflow.store.records import KINDS, Damaged, Kind, damaged, is_refusal, read_checked, write_checked
 from saeflow.store.storage.bucket import Bucket
 from saeflow.store.storage.folder import Folder, Storage
 from saeflow.store.storage.objects import Objects
+from saeflow.store.user_cache import cache_folder
 
 
 @dataclass(frozen=True, init=False)

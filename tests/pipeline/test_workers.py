@@ -35,9 +35,9 @@ from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress, Stopped
 from saeflow.runtime.threads import n_threads
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import cache_folder
 from saeflow.store.lease import acquire, hold_lease
 from saeflow.store.store import Store
+from saeflow.store.user_cache import cache_folder
 from tests.conftest import Finished
 from tests.support.fake_cluster import FakeCluster, IdleCluster
 from tests.support.small_pipeline import Ingredients, quiet, recipe_data, tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -13,9 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import saeflow as package
+from saeflow.browser.connections import Connections
+from saeflow.features.schema import EXPLANATION_SCORES
+from saeflow.meaning.beside_labels import path_beside, replace_rows
+from saeflow.query import labels
 from saeflow.query.ask import ask, names_read
 from saeflow.query.catalog import OF_EVERY_RUN
 from saeflow.query.connection import connect_to_run
@@ -36,6 +44,7 @@ GIVEN = ABOUT | {
     "tokens": [1, 5], "text": "love", "vocab": 1, "document_key": "emma", "first_char": 0, "end_char": 4, "window": 3,
     "a": "novels", "b": "bible", "other_run": "demo", "matches": [2, 0], "annotation": "none", "class": "none",
 }  # fmt: skip
+SAE = "demo-f0000001"
 numbers = itertools.count()
 
 
@@ -62,7 +71,10 @@ class Bucket:
     def harm(self, url: str) -> None:
         """Change an object, but not its size."""
         size = (self.local.root / url.removeprefix(f"{self.url}/")).stat().st_size
-        self.server.client().put_object(Bucket="bucket", Key=url.removeprefix("s3://bucket/"), Body=b"x" * size)
+        self.put(url, b"x" * size)
+
+    def put(self, url: str, content: bytes) -> None:
+        self.server.client().put_object(Bucket="bucket", Key=url.removeprefix("s3://bucket/"), Body=content)
 
     def remove(self, url: str) -> None:
         self.server.client().delete_object(Bucket="bucket", Key=url.removeprefix("s3://bucket/"))
@@ -310,3 +322,69 @@ def test_another_list_of_parts_is_looked_at_although_one_was_before(bucket: Buck
     bucket.server.upload(store.root, "bucket", prefix)
     listed = [each.key for each in bucket.ask("runs").connecting if each.kind == "LIST"]
     assert listed.count(f"{prefix}/{features.id}/") == 2
+
+
+SHOWN = "select feature_id, label, source from stg_labels where source in ('own', 'second') order by all"
+
+
+def put_labels(store: Store, source: str, *words: str) -> None:
+    labels.put(store, SAE, source, {number: labels.Label(word) for number, word in enumerate(words)})
+
+
+@pytest.mark.parametrize("is_here", [True, False], ids=["by the pages themselves", "by another machine"])
+def test_pages_show_a_label_and_a_score_that_was_saved_since_they_were_opened(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_here: bool
+) -> None:
+    pages = Connections(Store.open(bucket.url))
+    writer = pages.store
+    if not is_here:
+        monkeypatch.setenv("SAEFLOW_CACHE", str(tmp_path / "another machine"))
+        writer = Store.open(bucket.url)
+
+    def shown(sql: str = SHOWN) -> list[tuple[Any, ...]]:
+        with pages.opened() as opened:
+            return opened.cursor.execute(sql).fetchall()
+
+    with closing(pages):
+        for words in ([], ["old"], ["new"], ["new", "more"]):  # old and new have one length
+            put_labels(writer, "own", *words)
+            assert shown() == [(number, word, "own") for number, word in enumerate(words)]
+        put_labels(writer, "second", "another source")
+        assert (0, "another source", "second") in shown()
+        for score in (0.25, 0.75):
+            write_score(writer, score)
+            assert shown("select score from explanation_scores") == [(score,)]
+        put_labels(writer, "own", "newest", "more")
+        assert (0, "newest", "own") in shown()
+
+
+def write_score(store: Store, score: float) -> None:
+    path = path_beside(store, SAE, "own", "scores")
+    row = {"feature_id": 0, "tokens": store.artefacts("tokens")[0].id, "model": "judge", "method": "detection"}
+    replace_rows(store, path, EXPLANATION_SCORES, [0], {"model": "judge"}, [row | {"score": score}])
+
+
+def test_a_connection_reads_a_replaced_file_anew_after_the_next_look(bucket: Bucket) -> None:
+    store = Store.open(bucket.url)
+    url = f"{bucket.url}/labels/{SAE}/own.parquet"
+    with closing(duckdb.connect()) as connection:
+        store.storage.register(connection)
+        for number in range(3):
+            content = io.BytesIO()
+            pq.write_table(pa.table({"number": [number]}), content)
+            bucket.put(url, content.getvalue())
+            store.storage.pull()
+            assert connection.execute(f"from read_parquet('{url}')").fetchall() == [(number,)]
+
+
+def test_pages_that_show_the_same_labels_again_ask_for_listings_alone(bucket: Bucket) -> None:
+    put_labels(Store.open(bucket.url), "own", "one")
+    pages = Connections(Store.open(bucket.url))
+    with closing(pages):
+        for _ in range(2):
+            bucket.server.requests()
+            with pages.opened() as opened:
+                opened.cursor.execute(SHOWN).fetchall()
+        found = kinds(bucket.server.requests())
+    assert found == {"LIST": found["LIST"]}
+    assert found["LIST"] <= 1 + 3 + 2 * len(bucket.local.artefacts()) + 2

@@ -13,6 +13,7 @@ import pytest
 from saeflow.runtime.errors import UserError
 from saeflow.store.records import Damaged, FileRecord
 from saeflow.store.storage import pieces
+from saeflow.store.storage.local_copy import Listings
 from saeflow.store.storage.objects import Objects
 from saeflow.store.storage.piece_cache import LIMIT, PieceCache, cache_limit
 from saeflow.store.storage.pieces import Pieces, kept_range, piece_name
@@ -114,7 +115,8 @@ def some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pieces:
 
     monkeypatch.setattr(pieces, "WHOLE_BYTES", 5_000)
     monkeypatch.setattr(pieces, "LEAST_TAIL", 1_000)
-    found = Pieces(Objects("memory:///"), PieceCache(tmp_path, 1 << 20))
+    objects = Objects("memory:///")
+    found = Pieces(objects, Listings(objects), PieceCache(tmp_path, 1 << 20))
     for name, n_bytes in (("large", 10_000), ("small", 3_000)):
         content = bytes(place % 251 for place in range(n_bytes))
         obstore.put(found.objects.store, name, content)
@@ -124,16 +126,16 @@ def some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pieces:
 
 @pytest.mark.parametrize("name", ["large", "small"])
 def test_any_range_has_the_bytes_of_the_file(some: Pieces, name: str) -> None:
-    size = some.size(name)
+    size = some.version(name).n_bytes
     for start in (0, 1, 2_990, 8_999, 9_000, 9_001, 9_999):
         for n_bytes in (0, 1, 1_000, 20_000):
             expected = bytes(place % 251 for place in range(start, min(start + n_bytes, size)))
-            assert some.read(name, start, n_bytes) == expected
+            assert some.read(some.version(name), start, n_bytes) == expected
 
 
 def test_threads_that_want_one_piece_ask_once(some: Pieces) -> None:
     with ThreadPoolExecutor(8) as pool:
-        assert len({*pool.map(lambda _: some.read("small", 0, 3_000), range(64))}) == 1
+        assert len({*pool.map(lambda _: some.read(some.version("small"), 0, 3_000), range(64))}) == 1
     assert some.objects.meter.traffic.requests == {"GET": 1}
 
 
@@ -141,12 +143,12 @@ def test_a_file_that_is_not_as_recorded_is_damaged_and_not_kept(some: Pieces, tm
     for wrong in (FileRecord("small", 3_000, "0" * 32), FileRecord("small", 2_999, some.recorded["small"].checksum)):
         some.recorded["small"] = wrong
         with pytest.raises(Damaged, match=r"memory:/+small is missing or damaged"):
-            some.read("small", 0, 10)
+            some.read(some.version("small"), 0, 10)
     assert not list(tmp_path.rglob("*/*"))
 
 
 def test_a_piece_of_another_version_of_a_file_is_not_taken(some: Pieces) -> None:
-    some.read("large", 9_500, 100)
+    some.read(some.version("large"), 9_500, 100)
     some.recorded["large"] = FileRecord("large", 10_000, "0" * 32)
-    some.read("large", 9_500, 100)
+    some.read(some.version("large"), 9_500, 100)
     assert some.objects.meter.traffic.requests == {"GET": 2}

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saeflow.activations.shards import open_site, stored_sites
+from saeflow.corpus import forgotten
 from saeflow.pipeline import stages, train
 from saeflow.pipeline.lifecycle import forget
 from saeflow.pipeline.lifecycle.tidy import compact_store
@@ -36,13 +37,13 @@ from saeflow.sae.loss import StepInfo
 from saeflow.store import garbage
 from saeflow.store import verify as integrity
 from saeflow.store.artefact import Artefact
-from saeflow.store.files import cache_folder
-from saeflow.store.records import Damaged
+from saeflow.store.records import Damaged, checked_text
 from saeflow.store.storage.bucket import Bucket
 from saeflow.store.storage.duckdb_files import BucketFiles
 from saeflow.store.storage.local_copy import Listing
 from saeflow.store.storage.objects import Found, Objects
 from saeflow.store.store import Store
+from saeflow.store.user_cache import cache_folder
 from saeflow.train.checkpoint import CHECKPOINT, STATE, is_checkpoint
 from saeflow.train.group import TrainingGroup
 from saeflow.train.training import FeedBatch, Training
@@ -341,9 +342,9 @@ def test_a_url_that_is_no_object_store_is_refused() -> None:
 def test_a_store_that_cannot_compare_before_it_replaces_is_refused(tmp_path: Path) -> None:
     plain = Bucket(Objects(tmp_path.as_uri()), tmp_path / "cache")
     record = tmp_path / "cache" / "manifest.json"
-    plain.put_if_unchanged(record, b"1")
+    plain.put_if_unchanged(record, b"1", None)
     with pytest.raises(UserError, match="conditional put"):
-        plain.put_if_unchanged(record, b"2")
+        plain.put_if_unchanged(record, b"2", plain.tag(record))
 
 
 class Dying(Objects):
@@ -379,7 +380,9 @@ def test_a_checkpoint_of_which_a_kill_left_half_is_brought_again(tmp_path: Path)
 
 def test_what_lies_below_a_key_is_found_without_a_walk_through_the_listing() -> None:
     def look(n_parts: int) -> None:
-        listing = Listing({f"tokens/x-0/parts/{n:06d}/{name}": Found(1, 0.0) for n in range(n_parts) for name in "ab"})
+        listing = Listing(
+            {f"tokens/x-0/parts/{n:06d}/{name}": Found(1, 0.0, "tag") for n in range(n_parts) for name in "ab"}
+        )
         listing.below("tokens/x-0/parts/000001")
         counted.append(n_calls(lambda: found.append(listing.below("tokens/x-0/parts/000070"))))
 
@@ -451,11 +454,11 @@ def test_an_sae_of_another_machine_is_never_overwritten(machines: Machines) -> N
     assert (two.fetched() / "weights").read_text() == "first"
 
     class Overtaken(Bucket):
-        def put_new(self, path: Path, source: Path | None = None) -> bool:
+        def _put_new(self, path: Path, content: bytes) -> bool:
             """Another machine's record comes between the look and ours."""
             if path.name == "artefact.json":
                 obstore.put(machines.objects.store, "saes/y-00000000/artefact.json", b"theirs")
-            return super().put_new(path, source)
+            return super()._put_new(path, content)
 
     three = machines.store("three", Overtaken).artefact("saes", "y", "00000000")
     with pytest.raises(UserError, match="has published saes/y-00000000 since"), three.writing():
@@ -554,11 +557,61 @@ def test_what_was_sent_a_moment_ago_is_that_old(machines: Machines) -> None:
 def test_a_record_that_another_machine_has_removed_is_refused_in_words(machines: Machines) -> None:
     here = machines.store("here").storage
     record = here.root / "tokens" / "x-00000000" / "manifest.json"
-    here.put_if_unchanged(record, b"1")
-    here.put_if_unchanged(record, b"2")
+    here.put_if_unchanged(record, b"1", None)
+    here.put_if_unchanged(record, b"2", here.tag(record))
     obstore.delete(machines.objects.store, "tokens/x-00000000/manifest.json")
     with pytest.raises(UserError, match="Another machine has published or removed x-00000000"):
-        here.put_if_unchanged(record, b"3")
+        here.put_if_unchanged(record, b"3", here.tag(record))
+    here.put_if_unchanged(record, b"4", here.tag(record))
+    assert machines.content("tokens/x-00000000/manifest.json") == b"4"
+
+
+def test_a_look_between_reading_and_writing_labels_or_forgotten_documents_changes_nothing(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = machines.store("here")
+    with_labels = labels.Sheet.with_labels
+
+    def look_first(self: labels.Sheet, new: Any) -> labels.Sheet:
+        store.storage.pull()  # as the thread of a page does
+        return with_labels(self, new)
+
+    monkeypatch.setattr(labels.Sheet, "with_labels", look_first)
+    for number in range(3):
+        assert labels.put(store, "demo-f0000001", "own", {number: labels.Label("one")}) == number + 1
+    monkeypatch.setattr(forgotten, "checked_text", lambda data: store.storage.pull() or checked_text(data))
+    for key in ("a", "b"):
+        forgotten.add(store, [(key * 16, "")])
+    assert forgotten.ForgottenHashes.read(store).keys == {"a" * 16, "b" * 16}
+
+
+def test_a_manifest_that_a_thread_brings_while_another_publishes_is_not_overwritten(machines: Machines) -> None:
+    def publish_one_more(target: Artefact, index: int) -> None:
+        with target.new_part(index, {"n": 1}) as folder:
+            (folder / "data").write_text("x")
+        shown = target.generation()
+        target.publish([*(shown.parts if shown else ()), target.made[index]])
+
+    here, there = (machines.store(name).artefact("tokens", "x", "00000000") for name in ("here", "there"))
+    with here.writing():
+        here.create({})
+        publish_one_more(here, 0)
+    there.storage.pull()
+
+    class Meanwhile(Bucket):
+        def put_new(self, path: Path, content: bytes) -> bool:
+            """Another machine publishes, and another thread of this process brings its manifest."""
+            if not self.has_seen:
+                self.has_seen = True
+                publish_one_more(there, 1)
+                self.pull()
+            return super().put_new(path, content)
+
+        has_seen = False
+
+    with pytest.raises(UserError, match="Another machine has published"):
+        publish_one_more(machines.store("here", Meanwhile).artefact("tokens", "x", "00000000"), 2)
+    assert [part.index for part in there.published().parts] == [0, 1]
 
 
 def test_what_a_killed_run_left_unsent_goes_when_the_next_one_takes_the_lease(machines: Machines) -> None:

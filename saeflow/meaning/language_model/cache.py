@@ -82,7 +82,7 @@ class AnswerCache:
 
     def load(self, features: Collection[int]) -> None:
         """Read the answers about these features, those of a killed command too."""
-        table = self.stored()
+        table, _ = self.stored()
         chosen = table.filter(pc.is_in(table.column("feature_id"), pa.array(features, pa.int32())))
         self.known = {answer.key: answer for answer in _answers(chosen.to_pylist())}
         self.fresh = {answer.key: answer for answer in self._journaled()}
@@ -108,22 +108,31 @@ class AnswerCache:
         """Move the answers of the journal into the store."""
         if self.fresh:
             with self.locked():
-                self.replace([*_answers(self.stored().to_pylist()), *self.fresh.values()])
+                table, tag = self.stored()
+                self.replace([*_answers(table.to_pylist()), *self.fresh.values()], tag)
 
-    def replace(self, answers: Iterable[CachedAnswer]) -> None:
-        """Make these the answers of the source, and empty the journal. Call it inside `locked`."""
+    def replace(self, answers: Iterable[CachedAnswer], tag: str | None) -> None:
+        """Make these the answers of the source in place of those with this tag, and empty the journal.
+
+        Call it inside `locked`.
+        """
         rows = sorted({answer.key: asdict(answer) for answer in answers}.values(), key=_sort_key)
-        write_beside(self.store, self.path, pa.Table.from_pylist(rows, ANSWERS))
+        write_beside(self.store, self.path, pa.Table.from_pylist(rows, ANSWERS), tag)
         self.store.storage.remove(self.journal)
         self.fresh = {}
 
-    def stored(self) -> pa.Table:
+    def stored(self) -> tuple[pa.Table, str | None]:
         return read_beside(self.store, self.path, ANSWERS)
 
     def every(self) -> list[CachedAnswer]:
         """Return all answers of the source, those of the journal too."""
-        found = {answer.key: answer for answer in _answers(self.stored().to_pylist())}
-        return list((found | {answer.key: answer for answer in self._journaled()}).values())
+        return self.every_with_tag()[0]
+
+    def every_with_tag(self) -> tuple[list[CachedAnswer], str | None]:
+        """Return all answers of the source, and the tag that `replace` takes."""
+        table, tag = self.stored()
+        found = {answer.key: answer for answer in _answers(table.to_pylist())}
+        return list((found | {answer.key: answer for answer in self._journaled()}).values()), tag
 
     def _journaled(self) -> Iterator[CachedAnswer]:
         """Yield the answers of the journal. The last line may be torn."""

@@ -59,7 +59,7 @@ def _drop(cache: AnswerCache, hidden: dict[str, set[int]]) -> int:
     if not any(_quotes(answer, hidden) for answer in cache.every()):
         return 0
     with cache.locked():
-        every = cache.every()
+        every, answers_tag = cache.every_with_tag()
         gone = [answer for answer in every if _quotes(answer, hidden)]
         features = sorted({answer.feature_id for answer in gone})
         explained = {answer.feature_id for answer in gone if answer.method == "explanation"}
@@ -67,11 +67,12 @@ def _drop(cache: AnswerCache, hidden: dict[str, set[int]]) -> int:
             put(cache.store, f"saes/{cache.sae}", cache.source, dict.fromkeys(explained))
         for table, schema in (("mistakes", EXPLANATION_MISTAKES), ("scores", EXPLANATION_SCORES)):
             path = path_beside(cache.store, cache.sae, cache.source, table)
-            old = read_beside(cache.store, path, schema)
-            write_beside(cache.store, path, old.filter(pc.invert(pc.is_in(old.column("feature_id"), _ids(features)))))
+            old, tag = read_beside(cache.store, path, schema)
+            kept_rows = old.filter(pc.invert(pc.is_in(old.column("feature_id"), _ids(features))))
+            write_beside(cache.store, path, kept_rows, tag)
         # An answer about a feature whose explanation goes may repeat that explanation.
         kept = (answer for answer in every if answer.feature_id not in explained)
-        cache.replace(answer for answer in kept if not _quotes(answer, hidden))
+        cache.replace((answer for answer in kept if not _quotes(answer, hidden)), answers_tag)
     return len(features)
 
 

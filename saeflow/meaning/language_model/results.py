@@ -40,8 +40,8 @@ class Results:
 
     def finished(self) -> dict[int, str]:
         """Return the settings under which each feature was finished."""
-        rows = read_beside(self.store, self.path("scores"), EXPLANATION_SCORES).to_pylist()
-        mine = [row for row in rows if row["method"] == FINISHED and self._is_mine(row)]
+        table, _ = read_beside(self.store, self.path("scores"), EXPLANATION_SCORES)
+        mine = [row for row in table.to_pylist() if row["method"] == FINISHED and self._is_mine(row)]
         return {row["feature_id"]: row["settings"] for row in mine}
 
     def _is_mine(self, row: Mapping[str, Any]) -> bool:

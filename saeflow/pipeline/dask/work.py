@@ -32,10 +32,10 @@ from saeflow import __version__
 from saeflow.pipeline.parts import Item, PartMaker, not_seen, registered
 from saeflow.runtime.errors import UserError
 from saeflow.runtime.progress import Bar, Progress
-from saeflow.store.files import cache_folder
 from saeflow.store.lease import acquire
 from saeflow.store.records import read_checked
 from saeflow.store.store import Store, storage_of
+from saeflow.store.user_cache import cache_folder
 
 TOPIC = "saeflow"
 """Dask's topic on which workers report how far they are."""

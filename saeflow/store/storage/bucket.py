@@ -6,7 +6,6 @@ its record last; shards of arrays are read in ranges and not kept.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from saeflow.runtime.errors import UserError
-from saeflow.store.files import checksum, rename, replacing
+from saeflow.store.files import checksum, rename, write_bytes
 from saeflow.store.lease_slot import Owner, Slot
 from saeflow.store.links import remove
 from saeflow.store.records import FileRecord
@@ -26,6 +25,7 @@ from saeflow.store.storage.piece_cache import PieceCache, cache_limit
 from saeflow.store.storage.pieces import Pieces, piece_name
 from saeflow.store.storage.traffic import Traffic
 from saeflow.store.storage.work import Work
+from saeflow.store.user_cache import own_folder
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -44,7 +44,57 @@ _SENDERS = 4
 """Files of a part on their way at once."""
 
 
-class Bucket(Storage):
+class ComparedObjects(Storage):
+    """Small objects of a bucket, replaced only while they still have the tag that was read."""
+
+    objects: Objects
+    local: LocalCopy
+    listings: Listings
+
+    def put_new(self, path: Path, content: bytes) -> bool:
+        is_new = self._put_new(path, content)
+        if is_new:
+            write_bytes(path, content)
+        return is_new
+
+    def _put_new(self, path: Path, content: bytes) -> bool:
+        """Store a file, but not on this machine. If another one has its name, that one is here then."""
+        tag = self.objects.put(self.local.key(path), content, None)
+        if tag is None:
+            self.fetch(path, fresh=True)
+            return False
+        self._note(path, content, tag)
+        return True
+
+    def read(self, path: Path) -> tuple[bytes, str | None]:
+        found = self.objects.read(self.local.key(path))
+        if found is None:
+            raise FileNotFoundError(self.location(path))
+        return found
+
+    def tag(self, path: Path) -> str | None:
+        return self.local.tag(path)
+
+    def put_if_unchanged(self, path: Path, content: bytes, tag: str | None) -> None:
+        fresh = self.objects.put(self.local.key(path), content, tag)
+        if fresh is None:
+            try:
+                self.fetch(path, fresh=True)
+            except FileNotFoundError:
+                self.local.remove(path)
+            raise UserError(
+                f"Another machine has published or removed {path.parent.name} in {self.name} since this run began.\n"
+                "Nothing is lost; run the same command again."
+            )
+        self._note(path, content, fresh)
+        write_bytes(path, content)
+
+    def _note(self, path: Path, content: bytes, tag: str) -> None:
+        self.local.note(path, xxhash.xxh3_128_hexdigest(content), tag)
+        self.listings.add(self.local.key(path), len(content), tag)
+
+
+class Bucket(ComparedObjects):
     """The objects below a URL, by the paths that stand for them below `root`. Safe to use from several threads."""
 
     n_readers = 8
@@ -54,12 +104,11 @@ class Bucket(Storage):
     duckdb_needs = _DUCKDB_NEEDS
 
     def __init__(self, objects: Objects, root: Path) -> None:
-        super().__init__(root)
+        super().__init__(own_folder(root))
         self.objects, self.local, self.listings = objects, LocalCopy(objects, root), Listings(objects)
-        self.pieces = Pieces(objects, PieceCache(root.parent / "pieces", cache_limit()))
+        self.pieces = Pieces(objects, self.listings, PieceCache(root.parent / "pieces", cache_limit()))
         self.key = self.local.key
         self.work = BucketWork(self)
-        self._n_bytes: dict[str, int] = {}
 
     @property
     def name(self) -> str:
@@ -100,6 +149,10 @@ class Bucket(Storage):
         key = self.key(folder)
         return {each.removeprefix(f"{key}/") for each in self.listings.of(key).below(key)}
 
+    def versions(self, folder: Path) -> dict[str, object]:
+        listing = self.listings.of(self.key(folder))
+        return {key: listing.found[key].tag for key in listing.below(self.key(folder))}
+
     def fetch(self, path: Path, fresh: bool = False) -> Path:
         if fresh or not path.is_file():
             self.local.download(path)
@@ -111,9 +164,7 @@ class Bucket(Storage):
 
     def open(self, path: Path) -> ObjectBytes:
         key = self.key(path)
-        if key not in self._n_bytes:
-            self._n_bytes[key] = self.objects.size(key)
-        return ObjectBytes(self.objects, key, self._n_bytes[key])
+        return ObjectBytes(self.objects, key, self.listings.about(key).n_bytes)
 
     def zarr(self, path: Path) -> Any:
         return self.objects.zarr(self.key(path))
@@ -151,7 +202,7 @@ class Bucket(Storage):
             tag = self.objects.upload(path, key)
             if is_own(key):
                 self.local.note(pair[1], checksum(path), tag)
-            self.listings.add(key, path.stat().st_size)
+            self.listings.add(key, path.stat().st_size, tag)
 
         with ThreadPoolExecutor(_SENDERS, "saeflow-send") as pool:
             list(pool.map(send_one, pairs))
@@ -174,8 +225,7 @@ class Bucket(Storage):
     def copy_part(self, source: Path, target: Path, work: Path, record: str) -> None:
         self.objects.copy_all(self.key(source), self.key(target))
         self.listings.forget(self.key(target))
-        with replacing(target / "part.json") as temporary:
-            temporary.write_text(record, "utf-8")
+        write_bytes(target / "part.json", record.encode())
         self.send(target / "part.json")
 
     def put_whole(
@@ -185,44 +235,14 @@ class Bucket(Storage):
         for name in names:
             if (folder / name).stat().st_size > _ONE_REQUEST:
                 self.send_folder(folder, target, [name])
-            elif not self.put_new(target / name, folder / name):
+            elif not self._put_new(target / name, (folder / name).read_bytes()):
                 return False
         require_lease()
-        if not self.put_new(target / last, folder / last):
+        if not self._put_new(target / last, (folder / last).read_bytes()):
             return False
         remove(target)
         rename(folder, target)
         return True
-
-    def put_new(self, path: Path, source: Path | None = None) -> bool:
-        """`source`: the file to store under that name. If another one has the name, that one is here then."""
-        content = (source or path).read_bytes()
-        tag = self.objects.put(self.key(path), content, None)
-        if tag is None:
-            self.fetch(path, fresh=True)
-            return False
-        self._written(path, content, tag)
-        return True
-
-    def put_if_unchanged(self, path: Path, content: bytes) -> None:
-        key = self.key(path)
-        tag = self.objects.put(key, content, self.local.tags.get(key))
-        if tag is None:
-            self.local.tags.pop(key, None)
-            with contextlib.suppress(FileNotFoundError):  # it was removed
-                self.fetch(path, fresh=True)
-            raise UserError(
-                f"Another machine has published or removed {path.parent.name} in {self.name} since this run began.\n"
-                "Nothing is lost; run the same command again."
-            )
-        self.local.tags[key] = tag
-        self._written(path, content, tag)
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-
-    def _written(self, path: Path, content: bytes, tag: str) -> None:
-        self.local.note(path, xxhash.xxh3_128_hexdigest(content), tag)
-        self.listings.add(self.key(path), len(content))
 
     def set_aside(self, path: Path) -> Path | None:
         target = self.aside(path)

@@ -10,11 +10,11 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
-from saeflow.store.storage.pieces import Pieces
+from saeflow.store.storage.pieces import FileVersion, Pieces
 
 
 class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
-    """A read-only filesystem. Paths are the store's own URLs, and objects of a published generation never change."""
+    """A read-only filesystem, by the URLs of the store. An open file keeps the version that it was opened with."""
 
     cachable = False
 
@@ -29,23 +29,27 @@ class BucketFiles(AbstractFileSystem):  # type: ignore[misc]
     def _open(self, path: str, mode: str = "rb", **options: Any) -> _ObjectReader:
         if mode != "rb":
             raise PermissionError(f"{path} is read only")
-        return _ObjectReader(self.pieces, self.key(path))
+        return _ObjectReader(self.pieces, self.pieces.version(self.key(path)))
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        return {"name": path, "size": self.pieces.size(self.key(path)), "type": "file"}
+        return {"name": path, "size": self.pieces.version(self.key(path)).n_bytes, "type": "file"}
 
     def glob(self, path: str, **options: Any) -> list[str]:
         return [_path_of_glob(path)]
 
     def modified(self, path: str) -> datetime:
+        """Return the moment that DuckDB takes for an unknown one.
+
+        DuckDB then keeps nothing of a file itself: it shows no replaced one, and reads no more than it needs.
+        """
         return datetime.fromtimestamp(0, UTC)
 
 
 class _ObjectReader(io.RawIOBase):
     """An open object. DuckDB's threads share it and call seek, then read, so each thread has its own position."""
 
-    def __init__(self, pieces: Pieces, key: str) -> None:
-        self.pieces, self.key, self._here = pieces, key, threading.local()
+    def __init__(self, pieces: Pieces, file: FileVersion) -> None:
+        self.pieces, self.file, self._here = pieces, file, threading.local()
 
     def readable(self) -> bool:
         return True
@@ -57,15 +61,15 @@ class _ObjectReader(io.RawIOBase):
         return int(getattr(self._here, "at", 0))
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.pieces.size(self.key)}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.file.n_bytes}[whence]
         at = base + offset
         self._here.at = at
         return at
 
     def read(self, n_bytes: int = -1) -> bytes:
         if n_bytes < 0:
-            n_bytes = self.pieces.size(self.key) - self.tell()
-        found = self.pieces.read(self.key, self.tell(), n_bytes)
+            n_bytes = self.file.n_bytes - self.tell()
+        found = self.pieces.read(self.file, self.tell(), n_bytes)
         self._here.at = self.tell() + len(found)
         return found
 

@@ -19,10 +19,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
-from saeflow.store.files import MANY, Bytes, FileBytes, checksum, flush_tree, rename, replacing
+from saeflow.store.files import MANY, Bytes, FileBytes, checksum, flush_tree, rename, write_bytes
 from saeflow.store.lease import Hold
 from saeflow.store.lease_slot import FileSlot, Slot
-from saeflow.store.links import Linked, is_file, is_folder, keep_inside, remove, sizes_below, unlinked
+from saeflow.store.links import Linked, is_file, is_folder, keep_inside, read_bytes, remove, sizes_below, unlinked
 from saeflow.store.records import FileRecord, Generation, PartRecord
 from saeflow.store.storage.traffic import Traffic, bytes_read_here
 from saeflow.store.storage.work import Work
@@ -35,7 +35,34 @@ DAMAGED = "damaged"
 """Folder of a store for what repair has taken out. Nothing reads or removes it; a person may."""
 
 
-class Storage(ABC):
+class SmallFiles(ABC):
+    """Files of a store that are replaced as a whole: records, lists of parts, and labels.
+
+    A bucket has no locks, so it compares tags. A caller keeps the tag with the content that it read, because other
+    threads of the process read the same file meanwhile.
+    """
+
+    @abstractmethod
+    def read(self, path: Path) -> tuple[bytes, str | None]:
+        """Return what a file holds now, and its tag. Raises FileNotFoundError."""
+
+    def tag(self, path: Path) -> str | None:
+        """Return the tag of a record as it is on this machine; None if the storage never had it so, or has no tags."""
+        return None
+
+    @abstractmethod
+    def put_new(self, path: Path, content: bytes) -> bool:
+        """Store a file. A bucket stores nothing and returns False if another file has the name."""
+
+    @abstractmethod
+    def put_if_unchanged(self, path: Path, content: bytes, tag: str | None) -> None:
+        """Replace a file if it still has the tag that came with what was read; None: if there is no file.
+
+        Raises UserError if somebody was quicker, or if the storage cannot compare.
+        """
+
+
+class Storage(SmallFiles):
     """The files of one store, as one process has opened it."""
 
     n_readers: ClassVar[int]
@@ -78,13 +105,13 @@ class Storage(ABC):
         """Return what a shell on this machine calls a file."""
         return str(path)
 
-    def pull(self) -> None:  # noqa: B027
+    def pull(self) -> None:
         """Bring the records of every artefact here as they are now."""
 
-    def pull_one(self, folder: Path) -> None:  # noqa: B027
+    def pull_one(self, folder: Path) -> None:
         """Bring the records of one artefact, whose lease the caller holds, here; drop what a killed run never sent."""
 
-    def list_again(self) -> None:  # noqa: B027
+    def list_again(self) -> None:
         """See from now on what other machines have written and removed."""
 
     @abstractmethod
@@ -114,6 +141,10 @@ class Storage(ABC):
     @abstractmethod
     def names_below(self, folder: Path) -> set[str]:
         """Return the names of all files below a folder, relative to it."""
+
+    @abstractmethod
+    def versions(self, folder: Path) -> dict[str, object]:
+        """Return for each file below a folder, by any name, something that changes with its content."""
 
     def names_in(self, folder: Path) -> set[str]:
         """Return the names of files and folders right below a folder."""
@@ -154,10 +185,10 @@ class Storage(ABC):
         """The fsspec filesystem that reads the store's files by their locations; None for local files."""
         return None
 
-    def register(self, connection: DuckDBPyConnection) -> None:  # noqa: B027
+    def register(self, connection: DuckDBPyConnection) -> None:
         """Let a DuckDB connection read the store's files by their locations."""
 
-    def note_recorded(self, folder: Path, files: Iterable[FileRecord]) -> None:  # noqa: B027
+    def note_recorded(self, folder: Path, files: Iterable[FileRecord]) -> None:
         """Remember what published files in a folder hold, so that nobody has to ask the storage for it."""
 
     def look_once(self, what: str, look: Callable[[], None]) -> None:
@@ -171,7 +202,7 @@ class Storage(ABC):
     def traffic(self) -> Traffic:
         """Return what was read since the storage was opened; of a folder: all files that this process has read."""
 
-    def send(self, *paths: Path) -> None:  # noqa: B027
+    def send(self, *paths: Path) -> None:
         """Store files that were written below `root`."""
 
     @abstractmethod
@@ -198,17 +229,6 @@ class Storage(ABC):
         """Make a filled folder the artefact `target`, the file `last` after the others. Files of others are kept.
 
         Return False if another file has one of the names.
-        """
-
-    def put_new(self, path: Path) -> bool:
-        """Store a file of this machine unless another one has its name; False if so."""
-        return True
-
-    @abstractmethod
-    def put_if_unchanged(self, path: Path, content: bytes) -> None:
-        """Replace a record if it is still the one that was last read here.
-
-        Raises UserError if somebody was quicker, or if the storage cannot compare.
         """
 
     @abstractmethod
@@ -281,6 +301,13 @@ class Folder(Storage):
     def names_below(self, folder: Path) -> set[str]:
         return {path.relative_to(folder).as_posix() for path in unlinked(folder).rglob("*") if is_file(path)}
 
+    def versions(self, folder: Path) -> dict[str, object]:
+        found: dict[str, object] = {}
+        for name in self.names_below(folder):
+            with contextlib.suppress(FileNotFoundError):
+                found[name] = (folder / name).lstat().st_mtime_ns
+        return found
+
     def names_in(self, folder: Path) -> set[str]:
         return self.names_here(folder)
 
@@ -313,8 +340,7 @@ class Folder(Storage):
 
     def copy_part(self, source: Path, target: Path, work: Path, record: str) -> None:
         shutil.copytree(unlinked(source), work, symlinks=True, copy_function=os.link)
-        with replacing(work / "part.json") as temporary:
-            temporary.write_text(record, "utf-8")
+        write_bytes(work / "part.json", record.encode())
         flush_tree(work)
         remove(target)
         rename(work, target)
@@ -325,10 +351,16 @@ class Folder(Storage):
         rename(folder, target)
         return True
 
-    def put_if_unchanged(self, path: Path, content: bytes) -> None:
-        """Replace a record. The caller's lock keeps others away."""
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
+    def read(self, path: Path) -> tuple[bytes, str | None]:
+        return read_bytes(path), None
+
+    def put_new(self, path: Path, content: bytes) -> bool:
+        self.put_if_unchanged(path, content, None)
+        return True
+
+    def put_if_unchanged(self, path: Path, content: bytes, tag: str | None) -> None:
+        """Replace a file. The caller's lock keeps others away."""
+        write_bytes(path, content)
 
     def set_aside(self, path: Path) -> Path | None:
         if not os.path.lexists(path):

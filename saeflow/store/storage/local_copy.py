@@ -29,9 +29,9 @@ class Listing:
         self.found = found
         self._sorted: list[str] | None = None
 
-    def add(self, key: str, n_bytes: int) -> None:
+    def add(self, key: str, found: Found) -> None:
         """Note an object that was sent just now."""
-        self.found[key] = Found(n_bytes, time.time())
+        self.found[key] = found
         self._sorted = None
 
     def below(self, key: str) -> list[str]:
@@ -43,36 +43,68 @@ class Listing:
 
 
 class Listings:
-    """The listings of a bucket: one for each artefact that was asked for, one for each folder beside the artefacts."""
+    """The listings of a bucket: one for each artefact that was asked for, one for each folder beside the artefacts.
+
+    They are one look at the bucket: `forget` ends it, and with it all that is known of objects that may change.
+    """
 
     def __init__(self, objects: Objects) -> None:
         self._objects = objects
         self._made: dict[str, Listing] = {}
+        self._asked: dict[str, Found] = {}
+        """Objects that were asked for one by one, by key."""
+        self._n_changes = 0
         self._lock = threading.RLock()
 
     def of(self, key: str) -> Listing:
         """Return the listing in which a key is, or would be."""
-        first, _, rest = key.partition("/")
-        prefix = f"{first}/{rest.partition('/')[0]}" if first in KINDS else first
+        prefix, _ = _listed_with(key)
         with self._lock:
             if prefix not in self._made:
-                metas = self._objects.list(prefix)
-                found = {meta["path"]: Found(meta["size"], meta["last_modified"].timestamp()) for meta in metas}
+                found = {meta["path"]: Found.of(meta) for meta in self._objects.list(prefix)}
                 self._made[prefix] = Listing(found)
             return self._made[prefix]
 
-    def add(self, key: str, n_bytes: int) -> None:
-        """Note an object that was sent just now, in the listings that were made."""
+    def about(self, key: str) -> Found:
+        """Return what this look has found of an object. Raises FileNotFoundError.
+
+        An artefact, which may have very many objects, is not listed to find one.
+        """
+        prefix, is_artefact = _listed_with(key)
         with self._lock:
+            listed = self.of(key).found if not is_artefact or prefix in self._made else {}
+            known, before = listed.get(key) or self._asked.get(key), self._n_changes
+        if known is not None:
+            return known
+        found = self._objects.about(key)
+        with self._lock:
+            if self._n_changes == before:
+                self._asked[key] = found
+        return found
+
+    def add(self, key: str, n_bytes: int, tag: str) -> None:
+        """Note an object that was sent just now."""
+        found = Found(n_bytes, time.time(), tag)
+        with self._lock:
+            self._n_changes += 1
+            self._asked[key] = found
             for prefix, listing in self._made.items():
                 if key.startswith(f"{prefix}/"):
-                    listing.add(key, n_bytes)
+                    listing.add(key, found)
 
     def forget(self, folder: str = "") -> None:
-        """List a folder, or everything, again when it is asked for."""
+        """Look at a folder, or everything, again when it is asked for."""
         with self._lock:
-            for prefix in [prefix for prefix in self._made if prefix.startswith(folder)]:
-                del self._made[prefix]
+            self._n_changes += 1
+            for known in (self._made, self._asked):
+                for key in [key for key in known if key.startswith(folder)]:
+                    del known[key]
+
+
+def _listed_with(key: str) -> tuple[str, bool]:
+    """Return the prefix with which a key is listed, and whether an artefact lies below it."""
+    first, _, rest = key.partition("/")
+    return (f"{first}/{rest.partition('/')[0]}", True) if first in KINDS else (first, False)
 
 
 _UNSENT_SECONDS = 86_400
@@ -84,8 +116,6 @@ class LocalCopy:
 
     def __init__(self, objects: Objects, root: Path) -> None:
         self.objects, self.root = objects, root
-        self.tags: dict[str, str] = {}
-        """Tags of the objects as they were last read or written here, by key."""
 
     def key(self, path: Path) -> str:
         """Return the key of the object that a path stands for."""
@@ -97,7 +127,6 @@ class LocalCopy:
         One listing for the bucket and each kind, two for each artefact, whatever it holds; parts are not looked at.
         What was never in the bucket as it is here stays: a run of this machine is about to send it.
         """
-        self.tags.clear()
         top = self.objects.list_level("")
         kinds = [kind for kind in top["common_prefixes"] if kind != "tmp"]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
@@ -108,10 +137,7 @@ class LocalCopy:
 
     def pull_one(self, folder: Path) -> None:
         """Bring the records of one artefact here; what was never sent is a killed run's, and goes."""
-        key = self.key(folder)
-        for known in [known for known in self.tags if known.startswith(f"{key}/")]:
-            del self.tags[known]
-        self._bring(self._own_objects(key), folder, keep_unsent=False)
+        self._bring(self._own_objects(self.key(folder)), folder, keep_unsent=False)
 
     def _own_objects(self, artefact: str) -> list[Any]:
         """Return the objects of an artefact that belong to no part."""
@@ -151,11 +177,16 @@ class LocalCopy:
 
     def _refresh_record(self, path: Path, tag: str) -> None:
         """Bring a record, unless the one that is here is the one with this tag."""
-        noted = self._noted(path)
-        if noted[1:] == [tag] and path.is_file() and noted[0] == checksum(path):
-            self.tags[self.key(path)] = tag
-        else:
+        if self.tag(path) != tag:
             self.download(path)
+
+    def tag(self, path: Path) -> str | None:
+        """Return the tag with which a file was last sent or fetched as it is here; None if it never was."""
+        with contextlib.suppress(FileNotFoundError):
+            digest = checksum(path)
+            noted = self._noted(path)
+            return noted[1] if noted[:1] == [digest] else None
+        return None
 
     def download(self, path: Path, key: str | None = None) -> None:
         """Bring a file here, from an object of its own key or of another. Raises FileNotFoundError."""
@@ -166,7 +197,6 @@ class LocalCopy:
             if is_own(key):
                 self.note(path, checksum(temporary), tag)
             os.replace(temporary, path)
-            self.tags[key] = tag
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -221,7 +251,6 @@ class LocalCopy:
 
     def remove(self, path: Path) -> None:
         """Remove a file or folder, and what is noted of it."""
-        self.tags.pop(self.key(path), None)
         for here in (path, self._note_of(path)):
             remove(here)
 

@@ -30,12 +30,18 @@ REQUESTS_AT_ONCE = 16
 _STREAM_BYTES, _PAGE = 4 << 20, 1000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Found:
-    """An object in a listing: its size in bytes, and when it was written, in seconds since 1970."""
+    """An object as a listing gives it: its size in bytes, and when it was written, in seconds since 1970."""
 
     n_bytes: int
     written: float
+    tag: str
+    """Changes with the content."""
+
+    @classmethod
+    def of(cls, meta: Any) -> Found:
+        return cls(int(meta["size"]), meta["last_modified"].timestamp(), str(meta["e_tag"]))
 
 
 class Objects:
@@ -79,10 +85,10 @@ class Objects:
         self.meter.add("LIST", n=_pages(len(found["objects"]) + len(found["common_prefixes"])))
         return found
 
-    def size(self, key: str) -> int:
-        """Return the bytes of an object. Raises FileNotFoundError."""
+    def about(self, key: str) -> Found:
+        """Return what a listing would say of an object. Raises FileNotFoundError."""
         self.meter.add("HEAD")
-        return self._ask(lambda: int(obstore.head(self.store, key)["size"]))
+        return self._ask(lambda: Found.of(obstore.head(self.store, key)))
 
     def checksum(self, key: str) -> str:
         """Return the xxh3_128 of an object. Raises FileNotFoundError."""

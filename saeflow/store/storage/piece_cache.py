@@ -1,7 +1,8 @@
 """A cache on this machine for pieces of published files: their footers, and whole small tables.
 
 Each piece is a file of its own, named by what it belongs to, with the checksum of its bytes in front. Several processes
-may use the cache at once, a process may be killed, and the folder may be deleted at any time.
+may use the cache at once, a process may be killed, and the folder may be deleted at any time. A piece that another user
+may have written is not there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import xxhash
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from saeflow.runtime.errors import UserError
+from saeflow.store.user_cache import is_foreign, make_private
 
 LIMIT = "SAEFLOW_CACHE_BYTES"
 _USUAL_LIMIT = "1GiB"
@@ -43,10 +45,13 @@ class PieceCache:
         """Return a piece as it was put; None if it is not there or damaged."""
         path = self._path(name)
         with contextlib.suppress(OSError):
+            if is_foreign(path, self.folder.parent):
+                return None
             content = path.read_bytes()
             digest, piece = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
             if xxhash.xxh3_128_digest(piece) == digest:
-                os.utime(path)
+                with contextlib.suppress(OSError):  # it may be read-only
+                    os.utime(path)
                 return piece
             path.unlink()
         return None
@@ -59,8 +64,9 @@ class PieceCache:
         path = self._path(name)
         temporary = path.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}")
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(path.parent, self.folder.parent)
             try:
+                temporary.touch(mode=0o600)
                 temporary.write_bytes(xxhash.xxh3_128_digest(piece) + piece)
                 os.replace(temporary, path)
             finally:

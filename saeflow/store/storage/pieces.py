@@ -1,7 +1,10 @@
 """Ranges of published files in a bucket, read with few requests.
 
-A small file is read whole, at one request; of a larger one its end, where Parquet has its footer. Both are kept, in
-memory and on this machine. Other ranges are read as they are asked for.
+A small file is read whole, at one request; of a larger one its end, where Parquet has its footer. Both are kept in
+memory, and those of recorded files on this machine. Other ranges are read as they are asked for.
+
+Files that no record names, such as labels, may be replaced at any time. What is kept of one is named by the tag that
+the last look at the bucket found, so it ends with that look.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import xxhash
 
 from saeflow.store.records import FileRecord, damaged
+from saeflow.store.storage.local_copy import Listings
 from saeflow.store.storage.objects import Objects
 from saeflow.store.storage.piece_cache import PieceCache
 
@@ -32,53 +37,63 @@ def kept_range(n_bytes: int) -> tuple[int, int]:
     return n_bytes - min(max(n_bytes // _TAIL_SHARE, LEAST_TAIL), _MOST_TAIL), n_bytes
 
 
+@dataclass(frozen=True)
+class FileVersion:
+    """A file of a bucket with one content."""
+
+    key: str
+    n_bytes: int
+    content: str
+    """The checksum of a recorded file; else the tag."""
+    record: FileRecord | None = None
+
+
 class Pieces:
     """Reads files of a bucket by key. Safe to use from several threads."""
 
-    def __init__(self, objects: Objects, cache: PieceCache) -> None:
-        self.objects, self.cache = objects, cache
+    def __init__(self, objects: Objects, listings: Listings, cache: PieceCache) -> None:
+        self.objects, self.listings, self.cache = objects, listings, cache
         self.recorded: dict[str, FileRecord] = {}
         """Published files by key. Their sizes need not be asked for, and their pieces are kept on this machine."""
-        self._asked: dict[str, int] = {}
         self._held: OrderedDict[str, bytes] = OrderedDict()
         """Pieces by name."""
         self._held_bytes = 0
         self._lock = threading.Lock()
         self._turns = [threading.Lock() for _ in range(256)]
 
-    def size(self, key: str) -> int:
-        """Return the bytes of a file. Raises FileNotFoundError if the bucket has to be asked and has none."""
-        if key in self.recorded:
-            return self.recorded[key].n_bytes
-        if key not in self._asked:
-            self._asked[key] = self.objects.size(key)
-        return self._asked[key]
+    def version(self, key: str) -> FileVersion:
+        """Return a file as it is now. Raises FileNotFoundError if the bucket has to be asked and has none."""
+        if record := self.recorded.get(key):
+            return FileVersion(key, record.n_bytes, record.checksum, record)
+        found = self.listings.about(key)
+        return FileVersion(key, found.n_bytes, found.tag)
 
-    def read(self, key: str, start: int, n_bytes: int) -> bytes:
+    def read(self, file: FileVersion, start: int, n_bytes: int) -> bytes:
         """Return bytes of a file, fewer at its end."""
-        size = self.size(key)
-        stop = min(start + n_bytes, size)
-        first, last = kept_range(size)
+        stop = min(start + n_bytes, file.n_bytes)
+        first, last = kept_range(file.n_bytes)
         if start >= first:
-            return self._kept(key, first, last)[start - first : stop - first]
-        return self._fetched(key, start, stop)
+            return self._kept(file, first, last)[start - first : stop - first]
+        return self._fetched(file.key, start, stop)
 
-    def _kept(self, key: str, start: int, stop: int) -> bytes:
+    def _kept(self, file: FileVersion, start: int, stop: int) -> bytes:
         """Return a piece from memory, from this machine, or from the bucket. Threads that want the same wait."""
-        record = self.recorded.get(key)
-        name = piece_name(self.objects.url, key, record and record.checksum, start, stop)
+        name = piece_name(self.objects.url, file.key, file.content, start, stop)
         if (held := self._in_memory(name)) is not None:
             return held
         with self._turns[hash(name) % len(self._turns)]:
             if (held := self._in_memory(name)) is not None:
                 return held
-            piece = self._found(name, key, start, stop) if record else self._fetched(key, start, stop)
+            if file.record:
+                piece = self._found(name, file.key, file.record, start, stop)
+            else:
+                piece = self._fetched(file.key, start, stop)
             self._hold(name, piece)
             return piece
 
-    def _found(self, name: str, key: str, start: int, stop: int) -> bytes:
+    def _found(self, name: str, key: str, record: FileRecord, start: int, stop: int) -> bytes:
         """Return a piece of a recorded file. Raises Damaged if the file is not as it was recorded."""
-        record, piece = self.recorded[key], self.cache.get(name)
+        piece = self.cache.get(name)
         if piece is not None and _fits(record, piece, start, stop):
             self.objects.meter.add_cached(len(piece))
             return piece
