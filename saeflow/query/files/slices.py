@@ -3,7 +3,7 @@
 DuckDB passes over groups of rows without a wanted token if all wanted tokens lie within 2²⁶: it then keeps a bit for
 each (github.com/duckdb/duckdb/pull/23250). Beyond, it has a Bloom filter, which tells nothing of a group of rows, and
 reads them all. So a large run is asked in slices. At 10¹⁰ values the values at 30,000 tokens took 60 seconds in one
-piece, and take 7 in five.
+piece, and take 9 in five.
 """
 
 from __future__ import annotations
