@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saeflow.activations.sparse_values import SparseValues, concatenated, no_values, split_rows
-from saeflow.features.schema import VALUES
+from saeflow.features.schema import VALUES, ends_in_name
 from saeflow.sae.exact import FeatureMajor
 from saeflow.store.artefact import Artefact
 from saeflow.store.files import ROW_GROUP
@@ -186,16 +186,6 @@ def files_of(part: PartRecord, order: str, first: int = 0, last: int = sys.maxsi
     mine = [name for name in names if re.match(rf"{order}[./]", name) and name.endswith(".parquet")]
     found = [(ends_in_name(name) or (0, sys.maxsize), name) for name in mine]
     return [name for (low, high), name in sorted(found) if low <= last and high >= first]
-
-
-ENDS_IN_NAME = r"/low=(\d{1,18})/high=(\d{1,18})/[^/]*$"
-"""What in a file's name says the first and last feature, or token, that it may hold. Larger numbers say nothing."""
-
-
-def ends_in_name(name: str) -> tuple[int, int] | None:
-    """Return the first and last feature, or token, that a file may hold; None for an older file, which may hold any."""
-    found = re.search(ENDS_IN_NAME, name)
-    return (int(found[1]), int(found[2])) if found else None
 
 
 def read_tokens(target: Artefact, part: PartRecord, first: int, last: int) -> tuple[np.ndarray, SparseValues]:

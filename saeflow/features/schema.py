@@ -5,6 +5,7 @@ data/README.md says what the columns mean. A part that an earlier saeflow made l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 import pyarrow as pa
@@ -204,3 +205,13 @@ def is_of_now(part: PartRecord) -> bool:
 
 def _has(part: PartRecord, tables: Iterable[str]) -> bool:
     return {f"{table}.parquet" for table in tables} <= {file.name for file in part.files}
+
+
+ENDS_IN_NAME = r"/low=(\d{1,18})/high=(\d{1,18})/[^/]*$"
+"""What in a file's name says the first and last feature, or token, that it may hold. Larger numbers say nothing."""
+
+
+def ends_in_name(name: str) -> tuple[int, int] | None:
+    """Return the first and last feature, or token, that a file may hold; None for an older file, which may hold any."""
+    found = re.search(ENDS_IN_NAME, name)
+    return (int(found[1]), int(found[2])) if found else None

@@ -192,6 +192,7 @@ def test_features_that_fire_together_are_the_same_however_much_memory_counting_h
     assert tree(run_of(other).path / "parts") == tree(target.path / "parts")
 
 
+@pytest.mark.long
 def test_a_run_in_which_no_feature_fires_answers_before_and_after_its_parts_are_merged(copied, ingredients, tmp_path):
     sae = shutil.copytree(Lineage(copied.store, copied.recipe).sae.path, tmp_path / "sae")
     tensors = load_file(sae / "sae_weights.safetensors")

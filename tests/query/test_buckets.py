@@ -148,7 +148,9 @@ def answers(store: Store) -> dict[str, list[str]]:
     return found
 
 
-@pytest.mark.parametrize("bucket", [True, False], ids=["vocab_ids.npy", "blocks"], indirect=True)
+@pytest.mark.parametrize(
+    "bucket", [True, pytest.param(False, marks=pytest.mark.long)], ids=["vocab_ids.npy", "blocks"], indirect=True
+)
 def test_every_question_answers_as_of_a_local_store_and_no_size_is_asked_for(bucket: Bucket) -> None:
     bucket.server.requests()
     found = answers(Store.open(bucket.url))

@@ -61,6 +61,7 @@ def test_who_connects_while_files_are_removed_reads_what_is_published_now(copied
     assert n == Lineage(copied.store, copied.recipe).features.published().total("n_values")
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("beside_a_reader")
 @pytest.mark.parametrize("words", [("ask", "top_tokens", "1"), ("sql", COUNT)], ids=["ask", "sql"])
 def test_a_command_that_meets_it_answers(words: tuple[str, ...], copied: Finished, saeflow: Command) -> None:
@@ -80,6 +81,7 @@ def test_an_open_run_whose_files_are_removed_says_to_open_it_again(copied: Finis
             run.ask("tokens_where", 10**6, 0.0)
 
 
+@pytest.mark.long
 def test_a_file_that_is_missing_though_nothing_was_published_is_damage(copied: Finished) -> None:
     with package.open(copied.store.root) as run:
         for path in copied.store.root.glob("features/*/parts/*/token_major"):

@@ -110,6 +110,7 @@ def test_an_old_store_is_upgraded_without_changing_an_answer(old: Store) -> None
     assert "already" in upgrade(old)[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("old", OLD[:-1], ids=lambda folder: folder.name, indirect=True)
 def test_an_old_store_in_a_bucket_is_upgraded_for_every_machine(
     old: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

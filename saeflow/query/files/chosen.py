@@ -15,7 +15,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from saeflow.features.files import ends_in_name
+from saeflow.features.schema import ends_in_name
 from saeflow.query.files.quoting import identifier, literal, unglobbed
 
 FEATURE_PARAMETERS = ("feature", "other", "features", "with_feature", "without_feature")

@@ -12,9 +12,9 @@ import pyarrow as pa
 from saeflow.corpus.token_parts import BLOCK_TOKENS
 from saeflow.corpus.tokenise.texts import MARK_TYPES
 from saeflow.features.beside import ProbeFile
-from saeflow.features.files import ENDS_IN_NAME, ends_in_name
 from saeflow.features.schema import (
     EFFECTS,
+    ENDS_IN_NAME,
     LABELS,
     LEFT_OUT_TABLE,
     ORDERS,
@@ -25,6 +25,7 @@ from saeflow.features.schema import (
     SAMPLE_TABLES,
     SPANS,
     VALUES,
+    ends_in_name,
 )
 from saeflow.query.files.chosen import FileLists
 from saeflow.query.files.quoting import identifier, literal, unglobbed, whole

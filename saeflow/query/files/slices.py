@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from saeflow.features.files import ends_in_name
+from saeflow.features.schema import ends_in_name
 from saeflow.query.files.quoting import whole
 
 SLICE_TOKENS = 1 << 26
