@@ -17,7 +17,7 @@ from saeflow.recipe.settings import SAEConfig, TrainConfig
 from saeflow.sae.formats.source import describe_source
 from saeflow.store.files import checksum_once
 from saeflow.store.records import Generation, read_or_empty, write_checked
-from saeflow.store.user_cache import ForeignCache, cache_folder, own_folder
+from saeflow.store.user_cache import ForeignCache, cache_folder, trusted_folder
 
 _NO_SETTINGS = {"checkpoint_seconds", "device", "kernels", "parallel"}
 """Settings of `[train]` that change nothing in the SAE."""
@@ -112,7 +112,7 @@ def _special_tokens_fact(model: ModelConfig) -> dict[str, Any]:
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, RuntimeError, ForeignCache):  # there may be no cache
         about = fingerprint(model_fingerprint(model), version("transformers"))
-        path = own_folder(cache_folder(f"tokenizer://{about}")) / "special_tokens.json"
+        path = trusted_folder(cache_folder(f"tokenizer://{about}")) / "special_tokens.json"
         known = read_or_empty(path)
         if "names" not in known:
             known = {"format_version": FORMAT_VERSION, "names": special_tokens(load_tokenizer(model))}

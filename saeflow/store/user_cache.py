@@ -30,7 +30,7 @@ def cache_folder(url: str) -> Path:
     return user_cache() / f"{name}-{hashlib.blake2b(url.encode(), digest_size=4).hexdigest()}"
 
 
-def own_folder(folder: Path) -> Path:
+def trusted_folder(folder: Path) -> Path:
     """Return a folder right in a cache, made for this user alone if it is missing, after a look at all in it.
 
     Raises ForeignCache if somebody else may have written the cache, the folder, or anything in it.
@@ -41,7 +41,7 @@ def own_folder(folder: Path) -> Path:
     found, is_closed = _way_to(folder, cache)
     found = found or _foreign_below(folder, is_closed)
     if found is not None:
-        raise ForeignCache(_refusal(found, cache))
+        raise ForeignCache(_what_is_foreign(found, cache))
     return folder
 
 
@@ -101,7 +101,7 @@ def _closes(about: os.stat_result) -> bool:
     return not about.st_mode & 0o077
 
 
-def _refusal(found: Path, cache: Path) -> str:
+def _what_is_foreign(found: Path, cache: Path) -> str:
     about = found.stat()
     if about.st_uid in (0, os.geteuid()):
         problem, way_out = f"others may write {found}", f"run `chmod -R go-w {cache}` if you trust them"

@@ -19,7 +19,7 @@ from saeflow.store.storage.objects import Objects
 from saeflow.store.storage.piece_cache import PieceCache
 from saeflow.store.storage.pieces import piece_name
 from saeflow.store.store import Store
-from saeflow.store.user_cache import is_foreign, own_folder
+from saeflow.store.user_cache import is_foreign, trusted_folder
 
 STRANGER = 54_321
 NAME = piece_name("a piece")
@@ -113,7 +113,7 @@ def test_a_cache_of_root_that_a_service_can_only_read_is_used(cache: Path, monke
         monkeypatch.setattr(os, name, refuse)
     if os.geteuid() == 0:
         monkeypatch.setattr(os, "geteuid", lambda: STRANGER)
-    assert own_folder(cache / "store") == cache / "store"
+    assert trusted_folder(cache / "store") == cache / "store"
     assert piece.get(NAME) == b"some bytes"
 
 

@@ -25,7 +25,7 @@ from saeflow.store.storage.piece_cache import PieceCache, cache_limit
 from saeflow.store.storage.pieces import Pieces, piece_name
 from saeflow.store.storage.traffic import Traffic
 from saeflow.store.storage.work import Work
-from saeflow.store.user_cache import own_folder
+from saeflow.store.user_cache import trusted_folder
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -104,7 +104,7 @@ class Bucket(ComparedObjects):
     duckdb_needs = _DUCKDB_NEEDS
 
     def __init__(self, objects: Objects, root: Path) -> None:
-        super().__init__(own_folder(root))
+        super().__init__(trusted_folder(root))
         self.objects, self.local, self.listings = objects, LocalCopy(objects, root), Listings(objects)
         self.pieces = Pieces(objects, self.listings, PieceCache(root.parent / "pieces", cache_limit()))
         self.key = self.local.key
