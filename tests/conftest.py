@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import zlib
 
@@ -75,6 +76,14 @@ def finished(ingredients: Ingredients, tmp_path_factory: pytest.TempPathFactory)
         if not is_made:
             write_json(folder / "summary.json", stages.run(Lineage(store, recipe), quiet()))
         return Finished(store, recipe, read_json(folder / "summary.json"))
+
+
+@pytest.fixture
+def copied(finished: Finished, tmp_path: Path) -> Finished:
+    """A copy of it, to write into."""
+    store = Store(tmp_path / "store")
+    shutil.copytree(finished.store.root, store.root)
+    return Finished(store, finished.recipe, finished.summary)
 
 
 @contextlib.contextmanager

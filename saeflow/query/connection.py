@@ -13,6 +13,7 @@ import tempfile
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +109,10 @@ def connect_to_run(
     `for_pages`: labels that change later are not seen, and only questions that are in `names` read several runs.
     """
     before, made = generations(store), False
+    again = partial(connect_to_run, store, run, memory_limit, threads, many_files, for_pages, names)
     every = [replace(each, number=place) for place, each in enumerate(runs(store))]
     if any(each.problem for each in every) and has_changed(store, before):  # it may be of files that were removed
-        return connect_to_run(store, run, memory_limit, threads, many_files, for_pages, names)
+        return again()
     while not made:
         current, connection = pick_run(store, every, run), open_duckdb(store, memory_limit, threads)
         try:
@@ -119,7 +121,7 @@ def connect_to_run(
         except QUERY_ERRORS as error:
             connection.close()
             if has_changed(store, before):
-                return connect_to_run(store, run, memory_limit, threads, many_files, for_pages, names)
+                return again()
             with _tables_as_written(store):
                 every = _without_damaged(store, every, error)
     for skipped in (other for other in every if other.problem):

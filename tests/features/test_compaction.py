@@ -38,13 +38,6 @@ from tests.support.small_pipeline import quiet, recipe_data, tree
 Row = tuple[int, int, float]
 
 
-@pytest.fixture
-def copied(finished: Finished, tmp_path: Path) -> Finished:
-    store = Store(tmp_path / "store")
-    shutil.copytree(finished.store.root, store.root)
-    return Finished(store, finished.recipe, finished.summary)
-
-
 def run_of(finished: Finished) -> Artefact:
     return Lineage(finished.store, finished.recipe).features
 

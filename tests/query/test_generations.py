@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,13 +23,6 @@ from tests.support.command import Command
 from tests.support.small_pipeline import quiet
 
 COUNT = "select count(*) as n from stg_token_major"
-
-
-@pytest.fixture
-def copied(finished: Finished, tmp_path: Path) -> Finished:
-    store = Store(tmp_path / "store")
-    shutil.copytree(finished.store.root, store.root)
-    return Finished(store, finished.recipe, finished.summary)
 
 
 def replace_files(copied: Finished) -> None:
